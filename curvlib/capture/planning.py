@@ -1,0 +1,185 @@
+"""`plan`: the public door to discovery, and the order in which runs are tried."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from curvlib.capture.blocks import assign, split_lone_biases
+from curvlib.capture.discover import Discover, Examples, tensors_in
+from curvlib.capture.plan import Plan
+from curvlib.errors import CaptureError, CurvlibError, DeviceError, EmptyBatchError, UnusedParameterError
+from curvlib.linalg.eager import is_eager
+from curvlib.pytree import Domain, Tree, flatten
+
+ModelFn = Callable[[Any, Any], Any]
+
+PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
+
+
+def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
+    """Finds out which call uses which parameter, and as what, without computing anything.
+
+    The model runs once on fake tensors. A model whose control flow depends on values cannot; it runs on a copy of
+    its parameters instead.
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs [N, ...].
+        params: pytree of floating-point tensors; every one must be used.
+        inputs: pytree, passed on as it is; the first axis of its tensors counts the N examples.
+
+    Returns:
+        The plan; ``print`` shows it as a table.
+
+    Raises:
+        CaptureError: a parameter is used by a call that is not understood; names both.
+        UnusedParameterError: a parameter is never used; names it.
+        EmptyBatchError: the inputs hold no example.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> print(cv.plan(model_fn, params, torch.zeros(5, 3)))
+        call      output  parameters    as
+        --------  ------  ------------  -----------------
+        0 linear  [N, 2]  weight, bias  linear 3 + 1 -> 2
+        2 parameters in 1 of 1 known calls, 1 blocks; output [N, 2]
+    """
+    domain = Domain.of(params)
+    leaves, _ = flatten(params)
+    if len({leaf.device for leaf in leaves}) > 1:
+        devices = {name: str(leaf.device) for name, leaf in zip(domain.names, leaves, strict=True)}
+        raise DeviceError(f"parameters live on different devices: {devices}; move them to one")
+    tensors = [tensor for tensor in tensors_in(inputs) if tensor.ndim]
+    number = int(tensors[0].shape[0]) if tensors else 1
+    if any(tensor.numel() == 0 for tensor in tensors):
+        raise EmptyBatchError("the batch is empty: a tensor of inputs has no element")
+    prime = unused_prime([*domain.shapes, *(tuple(map(int, t.shape[int(t.shape[0]) == number :])) for t in tensors)])
+    runs = [(Examples(prime, marked=True), True), (Examples(number, marked=False), True)]
+    if is_eager():
+        runs.append((Examples(number, marked=False), False))
+    failure: Exception | None = None
+    for examples, fake in runs:
+        with outside_transforms(), torch.no_grad():
+            try:
+                return discover(model_fn, domain, leaves, (inputs, number), examples, fake=fake)
+            except CurvlibError:
+                raise
+            except Exception as error:  # a model may refuse fake tensors in any way; the last run is a real one
+                failure = error
+    assert failure is not None
+    raise failure
+
+
+def discover(
+    model_fn: ModelFn, domain: Domain, leaves: list[Tensor], batch: tuple[Any, int], examples: Examples, *, fake: bool
+) -> Plan:
+    """Runs the model until every site has an axis of examples: at most once more after the first run.
+
+    The output of a site without one (a table of positions, say) is expanded by it, so that per-example gradients
+    exist there; this must not change anything else.
+    """
+    expanded: frozenset[int] = frozenset()
+    first: tuple[int, torch.Size] | None = None
+    while True:
+        try:
+            mode, outputs = run(model_fn, domain, leaves, batch, examples, expanded, fake=fake)
+        except CurvlibError:
+            raise
+        except Exception as error:
+            if not expanded:
+                raise
+            raise CaptureError(f"{lonely(domain, mode)}, and giving it one breaks the model: {error}") from error
+        if not isinstance(outputs, Tensor):
+            raise CaptureError(f"model_fn must return one tensor [N, ...], not a {type(outputs).__name__}")
+        if outputs.ndim == 0 or outputs.shape[0] != examples.number:
+            raise BatchAxisError(
+                f"model_fn must return outputs whose first axis counts the examples of the inputs, got the shape "
+                f"{examples.sizes(outputs)} for {examples.number} examples"
+            )
+        if first not in (None, (mode.calls, outputs.shape)):
+            raise CaptureError(f"{lonely(domain, mode)}, and giving it one changes the model's output")
+        first = (mode.calls, outputs.shape)
+        lacking = frozenset(site.ordinal for site in mode.sites if site.expanded)
+        if lacking <= expanded:
+            break
+        expanded |= lacking
+    sites = split_lone_biases(mode.settled(outputs))
+    used = {region.leaf for site in sites for layer in site.layers for region in layer.regions}
+    unused = [repr(name) for leaf, name in enumerate(domain.names) if leaf not in used]
+    if unused:
+        raise UnusedParameterError(
+            f"the model never uses parameter {', '.join(unused)}: leave it out of params"
+            + ("" if used else ", or make model_fn read its first argument (it uses no parameter at all)")
+        )
+    return Plan(domain, tuple(sites), assign(domain, sites), mode.calls, examples.sizes(outputs), static=fake)
+
+
+class BatchAxisError(Exception):
+    """The first axis of the outputs does not count the examples; another way to run the model may show it."""
+
+
+def lonely(domain: Domain, mode: Discover) -> str:
+    """Names the sites whose output has no axis of examples."""
+    names = [
+        f"parameter {domain.names[region.leaf]!r} in call {site.ordinal}, {site.call}"
+        for site in mode.sites
+        if site.expanded
+        for region in site.layers[0].regions
+    ]
+    return f"{', '.join(names)}: the output has no axis that counts examples"
+
+
+def run(
+    model_fn: ModelFn,
+    domain: Domain,
+    leaves: list[Tensor],
+    batch: tuple[Any, int],
+    examples: Examples,
+    expanded: frozenset[int],
+    *,
+    fake: bool,
+) -> tuple[Discover, Any]:
+    """Runs the model under `Discover`, on fake tensors or on copies of the parameters."""
+    inputs, number = batch
+    with contextlib.ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+            def fake_input(x: Tensor) -> Tensor:
+                shape = tuple(map(int, x.shape))
+                shape = (examples.number, *shape[1:]) if shape[:1] == (number,) else shape
+                return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+            stand_ins = [
+                torch.empty(shape, dtype=x.dtype, device=x.device)
+                for shape, x in zip(domain.shapes, leaves, strict=True)
+            ]
+            inputs = torch_pytree.tree_map_only(Tensor, fake_input, inputs)
+        else:
+            devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
+            stack.enter_context(torch.random.fork_rng(devices))
+            stand_ins = [leaf.detach().clone(memory_format=torch.contiguous_format) for leaf in leaves]
+        mode = stack.enter_context(Discover(domain, stand_ins, examples, expanded))
+        return mode, model_fn(domain.tree(stand_ins), inputs)
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Suspends torch.func transforms and tracing: a plan depends on shapes alone."""
+    with temporarily_clear_interpreter_stack(), disable_proxy_modes_tracing(), unset_fake_temporarily():
+        yield
+
+
+def unused_prime(shapes: list[tuple[int, ...]]) -> int:
+    """A prime that divides no size among these shapes."""
+    sizes = {size for shape in shapes for size in shape}
+    return next(prime for prime in PRIMES if not any(size and size % prime == 0 for size in sizes))

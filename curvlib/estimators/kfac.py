@@ -1,0 +1,121 @@
+"""KFAC: Kronecker-factored approximate curvature.
+
+The GGN's block of a layer z = W a is the mean over examples of (g g^T) (x) (a a^T), summed over backpropagated
+vectors; KFAC replaces the mean of products by the product of means (Martens & Grosse 2015, arXiv 1503.05671),
+
+    G (x) A,    A = 1/R sum_r a_r a_r^T,    G = 1/c sum_r sum_k g_rk g_rk^T,
+
+over R rows (examples, or positions of examples, see ``sharing``), K backpropagated vectors (see ``fisher``) and the
+loss's normalizer c (1 for sums). Scaling as in "KFAC from scratch" (Dangel et al. 2025, arXiv 2507.05127).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+
+from curvlib.capture import Plan
+from curvlib.capture import plan as make_plan
+from curvlib.capture.execute import ModelFn
+from curvlib.estimators.data import Batch, DataSet, batches
+from curvlib.estimators.statistics import Options, Statistics, assemble, measure
+from curvlib.losses import CrossEntropy, Loss
+from curvlib.operators import BlockDiagonal
+from curvlib.pytree import Domain, Tree, flatten
+
+
+def kfac(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    fisher: str = "mc",
+    sharing: str = "expand",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    elementwise: str = "diagonal",
+    tied: str = "sum",
+    max_dense: int = 8192,
+    engine: str | None = None,
+    plan: Plan | None = None,
+) -> BlockDiagonal:
+    """Kronecker-factored curvature of a model's objective at ``params``.
+
+    One block a weight, G (x) A on the matrix [W, b]: A [d_in (+ 1), d_in (+ 1)] from the layer's inputs, G
+    [d_out, d_out] from backpropagated vectors. The curvature is that of the reduced objective ``loss`` (mean or sum).
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs [N, ...].
+        params: pytree of floating-point tensors.
+        batch: (inputs, targets) with N examples, or a whole data set `over` a loader.
+        loss: the objective.
+        fisher: which vectors are backpropagated. ``type-2``: columns of the square root of the loss's Hessian, which
+            is exact but takes one vector for each output element of an example; ``mc``: gradients at ``mc_samples``
+            targets drawn from the model's likelihood; ``empirical``: the gradient at the given targets;
+            ``forward-only``: none, G = I (times N for a sum).
+        sharing: how positions that share a weight (tokens, pixels) count: ``expand``: each as an example; ``reduce``:
+            the mean of an example's inputs and the sum of its gradients.
+        mc_samples: draws an example for ``mc``.
+        generator: randomness for ``mc``; None means a fresh generator with seed 0, hence the same draws at each call:
+            pass your own where estimates are averaged.
+        elementwise: curvature of scales, shifts and lone biases from per-example gradients: its exact ``diagonal``, or
+            a ``dense`` block a layer.
+        tied: a weight that several calls use gets the ``sum`` of their Kronecker products, or one product that
+            ``merge``s them as if they were positions.
+        max_dense: sides wider than this get a diagonal factor.
+        engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else autograd.
+        plan: the model's `plan`, if already made for inputs of these shapes.
+
+    Returns:
+        A `BlockDiagonal` operator on ``params``, with factors in float32 for half-precision models.
+
+    Raises:
+        CaptureError: a parameter is used by a call that is not understood.
+        UnusedParameterError: a parameter is never used.
+        TargetError: the targets do not fit the loss.
+        EmptyBatchError: there is no example.
+        NonFiniteError: a factor is not finite; names its block.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> batch = (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> curv = cv.kfac(model_fn, params, batch)
+        >>> curv.blocks["weight"].left.matrix.shape, curv.blocks["weight"].right.matrix.shape
+        (torch.Size([2, 2]), torch.Size([4, 4]))
+        >>> step = curv.inverse(1e-3) @ params
+    """
+    options = Options(loss, fisher, sharing, mc_samples, elementwise, tied, max_dense, engine)
+    domain = Domain.of(params)
+    if generator is None and fisher == "mc":
+        generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
+    plans: dict[object, Plan] = {}
+    total: Statistics | None = None
+    for inputs, targets in batches(batch):
+        key = shapes(inputs)
+        known = plan or plans.get(key)
+        if known is None:
+            known = make_plan(model_fn, params, inputs)
+            if known.static:
+                plans[key] = known
+        statistics = measure(known, model_fn, params, (inputs, targets), options, generator)
+        total = statistics if total is None else total + statistics
+    assert total is not None
+    return assemble(total, domain, options)
+
+
+def shapes(inputs: Any) -> tuple[object, ...]:
+    """Structure, shapes and dtypes of inputs but for the number of examples, which a plan leaves open."""
+    leaves, structure = torch_pytree.tree_flatten(inputs)
+    number = next((int(x.shape[0]) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 1)
+    key: list[object] = [str(structure)]
+    for x in leaves:
+        if isinstance(x, torch.Tensor):
+            counts = x.ndim > 0 and int(x.shape[0]) == number
+            key.append((counts, tuple(map(int, x.shape[counts:])), x.dtype))
+        else:
+            key.append(repr(x))
+    return tuple(key)

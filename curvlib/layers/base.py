@@ -1,0 +1,176 @@
+"""What a layer is to curvature: one use of parameters by one call, as a static, hashable description."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.linalg.gram import augmented_gram, gram
+from curvlib.operators.layout import Layout, Region
+
+Arguments = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The roles of a tensor's axes: which one counts examples, and which are groups, positions, features.
+
+    ``batch`` is None for a tensor without examples (a table of positions): its rows are the same for each one.
+    A batch axis of N*k entries is example-major: k joins the positions.
+    """
+
+    batch: int | None
+    groups: tuple[int, ...]
+    positions: tuple[int, ...]
+    features: tuple[int, ...]
+
+    def rows(self, tensor: Tensor, examples: int, leading: int = 0) -> Tensor:
+        """[*lead, *axes] -> [*lead, N, (groups,) positions, features]."""
+        front = tensor.shape[:leading]
+        if self.batch is None:
+            tensor = tensor.unsqueeze(leading).expand(*front, examples, *tensor.shape[leading:])
+            batch, shift = 0, 1
+        else:
+            tensor = tensor.unflatten(leading + self.batch, (examples, -1))
+            batch, shift = self.batch, self.batch
+
+        def at(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(leading + axis + (axis >= shift or self.batch is None) for axis in axes)
+
+        extra = () if self.batch is None else (leading + self.batch + 1,)
+        kinds = (at(self.groups), (*extra, *at(self.positions)), at(self.features))
+        sizes = [math.prod(tensor.shape[axis] for axis in axes) for axes in kinds]
+        tensor = tensor.permute(*range(leading), leading + batch, *kinds[0], *kinds[1], *kinds[2])
+        return tensor.reshape(*front, examples, *sizes[0 if self.groups else 1 :])
+
+
+class Layer(ABC):
+    """One use of parameters by one call. Concrete layers are frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def regions(self) -> tuple[Region, ...]:
+        """The parameters' elements that this use accounts for."""
+
+
+class KroneckerLayer(Layer):
+    """z = W a + b at each position: a block G (x) A for [W, b], the bias being the last column.
+
+    W is [*groups, d_out, d_in]; rows are [N, (groups,) T, d]. With T positions an example, ``sharing`` says what
+    counts as one row (Eschenhagen et al. 2023, arXiv 2311.00636): ``expand`` takes every position, ``reduce`` one
+    row an example, the mean of its inputs and the sum of its output gradients.
+    """
+
+    weight: Region
+    bias: Region | None
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def layout(self) -> Layout:
+        """The block's matrix [*groups, d_out, d_in (+ 1)]."""
+        return Layout(self.regions)
+
+    @abstractmethod
+    def split(self) -> tuple[KroneckerLayer, Layer]:
+        """The same use with weight and bias accounted for apart."""
+
+    @abstractmethod
+    def input_factor(
+        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, max_dense: int
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of a a^T over the rows that count, and their number.
+
+        Args:
+            x: the call's data operand.
+            examples: N.
+            sharing: "expand" or "reduce".
+            mask: [N] or [N, T'] of booleans: which examples or positions count; None: all of them.
+            max_dense: a side wider than this yields the diagonal only.
+
+        Returns:
+            [*groups, d, d], or [*groups, d] for a diagonal factor, and a 0-d tensor.
+        """
+
+    @abstractmethod
+    def keep(self, x: Tensor, examples: int) -> Tensor | None:
+        """What `output_rows` must know of the input."""
+
+    @abstractmethod
+    def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
+        """Gradients [K, *z.shape] -> rows g [K, N, (groups,) T, d_out]."""
+
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
+        """Sum of g g^T over K vectors, N examples and (expand) T positions: [*groups, d_out, d_out] or diagonal."""
+        rows = self.output_rows(g, kept, examples)
+        if sharing == "reduce":
+            rows = rows.sum(-2, keepdim=True)
+        return second_moment(groups_first(rows, 2), None, max_dense, augmented=False)
+
+
+def positions_that_count(mask: Tensor | None, examples: int, positions: int) -> Tensor | None:
+    """The mask [N, T] of a site with T positions.
+
+    A mask over as many positions applies position by position; any other applies to examples: one with no
+    position that counts is left out whole.
+    """
+    if mask is None:
+        return None
+    mask = mask.reshape(examples, -1)
+    if mask.shape[1] != positions:
+        mask = mask.any(1, keepdim=True).expand(examples, positions)
+    return mask
+
+
+def groups_first(rows: Tensor, leading: int) -> Tensor:
+    """[*lead, (groups,) T, d] -> [(groups,) *lead * T, d]."""
+    if rows.ndim == leading + 2:
+        return rows.reshape(-1, rows.shape[-1])
+    return rows.movedim(-3, 0).reshape(rows.shape[-3], -1, rows.shape[-1])
+
+
+def second_moment(rows: Tensor, weights: Tensor | None, max_dense: int, *, augmented: bool) -> Tensor:
+    """Sum of a a^T over rows [*groups, n, d], a = [row; 1] if augmented; only its diagonal when too wide."""
+    width = rows.shape[-1] + augmented
+    if width <= max_dense:
+        return augmented_gram(rows, weights=weights) if augmented else gram(rows, weights=weights)
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    squares = rows.square() if weights is None else rows.square() * weights.unsqueeze(-1)
+    diagonal = squares.sum(-2)
+    if not augmented:
+        return diagonal
+    total = weights.sum(-1) if weights is not None else diagonal.new_full((), rows.shape[-2])
+    return torch.cat([diagonal, total.to(diagonal.dtype).expand(*diagonal.shape[:-1]).unsqueeze(-1)], -1)
+
+
+def input_moment(
+    rows: Tensor, sharing: str, mask: Tensor | None, max_dense: int, *, augmented: bool
+) -> tuple[Tensor, Tensor]:
+    """`KroneckerLayer.input_factor` from rows a [N, (groups,) T, d]."""
+    examples, positions = rows.shape[0], rows.shape[-2]
+    counted = positions_that_count(mask, examples, positions)
+    if sharing == "reduce":
+        if counted is None:
+            rows = rows.mean(-2, keepdim=True)
+        else:
+            share = counted.to(rows.dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(rows.dtype)
+            share = share if rows.ndim == 3 else share.unsqueeze(1)
+            rows = (rows * share.unsqueeze(-1)).sum(-2, keepdim=True)
+            counted = counted.any(1, keepdim=True)
+        positions = 1
+    weights = None
+    count = torch.full((), examples * positions, device=rows.device)
+    if counted is not None:
+        count = counted.sum()
+        weights = counted.reshape(-1).to(rows.dtype)
+        if rows.ndim == 4:
+            weights = weights.expand(rows.shape[1], -1)
+    return second_moment(groups_first(rows, 1), weights, max_dense, augmented=augmented), count

@@ -1,0 +1,1 @@
+"""Pure tensor functions: Gram matrices, eigendecompositions, conjugate gradients."""

@@ -1,0 +1,230 @@
+"""The algebra of curvature objects: what every operator can do, derived once from a few primitives."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from curvlib.errors import ArgumentError, SingularError
+from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eigh import tolerance
+from curvlib.operators.damping import Damping, as_damping
+from curvlib.pytree import Tree, inner, tree_map
+
+if TYPE_CHECKING:
+    from curvlib.operators.projection import Projection
+    from curvlib.operators.sketch import Sketch
+
+
+class Operator(ABC):
+    """A symmetric linear operator on pytrees, immutable.
+
+    A block acts on one tensor of its ``shape``; a curvature made by an estimator acts on pytrees like params. Every
+    operation returns a new object. Subclasses are final; they implement the abstract methods and override nothing.
+    """
+
+    # --- primitives ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def apply(self, vectors: Tree, leading: int) -> Tree:
+        """The operator applied to vectors that are stacked along ``leading`` axes."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The matrix [D, D], in the order of `ravel` of its vectors. For small problems and tests."""
+
+    @abstractmethod
+    def diag(self) -> Tree:
+        """The diagonal, as a vector of the operator's domain."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """The trace, a 0-d tensor."""
+
+    @abstractmethod
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm, a 0-d tensor."""
+
+    @abstractmethod
+    def spectrum(self) -> Tensor:
+        """All D eigenvalues as a vector, in no particular order."""
+
+    @abstractmethod
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Operator:
+        """The operator with the same eigenvectors and eigenvalues fn(l); ``fn`` acts elementwise on a tensor."""
+
+    @abstractmethod
+    def damp(self, damping: Damping | float | Tensor) -> Operator:
+        """The operator plus damping: a number d adds d I exactly; see `Tikhonov` and its kin."""
+
+    @abstractmethod
+    def raised(self, exponent: float, *, damped: bool) -> Operator:
+        """The power of the operator as it is. ``damped``: eigenvalues need only be positive, however small."""
+
+    @abstractmethod
+    def scaled(self, factor: float | Tensor) -> Operator:
+        """Factor times the operator."""
+
+    @abstractmethod
+    def plus(self, other: Operator) -> Operator | None:
+        """The sum in closed form, or None if there is none."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
+        """Draws from N(0, curv): curv^(1/2) eps, with a leading axis of n draws if n is given."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the leaves of a vector."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Mapping[str, Operator]:
+        """The diagonal blocks by name."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the parameters it acts on, each with the names of the blocks that hold it."""
+
+    # --- derived ---------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The number D of rows."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def matvec(self, v: Tree) -> Tree:
+        """Curv v for a vector of the domain.
+
+        Raises:
+            PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
+        """
+        return self.apply(v, 0)
+
+    def matmat(self, vectors: Tree) -> Tree:
+        """Curv v for k vectors stacked along a leading axis of every leaf."""
+        return self.apply(vectors, 1)
+
+    def __matmul__(self, v: Tree) -> Tree:
+        return self.apply(v, 0)
+
+    def quadratic(self, v: Tree) -> Tensor:
+        """v^T curv v, a 0-d tensor."""
+        return inner(v, self.apply(v, 0))
+
+    def power(self, exponent: float, damping: Damping | float | Tensor = 0.0) -> Operator:
+        """(curv + damping)^exponent.
+
+        Raises:
+            DampingError: the damping is negative.
+            SingularError: the exponent needs positive eigenvalues and there are others (looked at in eager mode only).
+        """
+        damping = as_damping(damping)
+        undamped = not isinstance(damping.strength, Tensor) and damping.strength == 0
+        if undamped:
+            return self.raised(exponent, damped=False)
+        return self.damp(damping).raised(exponent, damped=True)
+
+    def inverse(self, damping: Damping | float | Tensor = 0.0) -> Operator:
+        """(curv + damping)^-1.
+
+        Raises:
+            DampingError: the damping is negative.
+            SingularError: there is no damping and the operator is singular.
+        """
+        return self.power(-1, damping)
+
+    def project(self, sketch: Sketch) -> Projection:
+        """The composition R o curv with a `sketch` R, folded into one small matrix a side.
+
+        Raises:
+            NotKroneckerError: a block is not a Kronecker product, nor a matrix of its own; names it.
+            PytreeError: the sketch was made for other parameters.
+        """
+        from curvlib.operators.projection import project  # a projection is made of operators
+
+        return project(self, sketch)
+
+    def eigenvalues(self) -> Tensor:
+        """All D eigenvalues, ascending."""
+        return self.spectrum().sort().values
+
+    def logdet(self) -> Tensor:
+        """Log det curv, a 0-d tensor: -inf if singular."""
+        return self.spectrum().log().sum()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same operator on another device or with another dtype."""
+        moved: Self = tree_map(lambda x: x.to(device=device, dtype=dtype), self)
+        return moved
+
+    def __add__(self, other: Operator) -> Operator:
+        if not isinstance(other, Operator):
+            return NotImplemented
+        total = self.plus(other)
+        total = total if total is not None else other.plus(self)
+        if total is not None:
+            return total
+        from curvlib.operators.sums import lazy_sum  # a sum is an operator too
+
+        return lazy_sum(self, other)
+
+    def __mul__(self, factor: float | Tensor) -> Operator:
+        if isinstance(factor, Operator) or (isinstance(factor, Tensor) and factor.ndim):
+            raise ArgumentError("an operator can be multiplied by a number or a 0-d tensor only; use @ for vectors")
+        return self.scaled(factor)
+
+    def __rmul__(self, factor: float | Tensor) -> Operator:
+        return self * factor
+
+
+def powers(eigenvalues: Tensor, exponent: float, *, damped: bool) -> Tensor:
+    """Eigenvalues [*, d] to a power, if that is defined for them.
+
+    Raises:
+        SingularError: exponent < 0 and an eigenvalue is not above d * eps * max |eigenvalue| (not above 0 if damped);
+            or the exponent is not an integer and an eigenvalue is negative. Looked at in eager mode only.
+    """
+    if is_eager() and eigenvalues.numel() and (exponent < 0 or exponent != int(exponent)):
+        smallest = eigenvalues.amin()
+        if exponent < 0:
+            floor = eigenvalues.new_zeros(()) if damped else tolerance(eigenvalues)
+            bad = bool((eigenvalues.abs() if exponent == int(exponent) else eigenvalues).le(floor).any())
+        else:
+            bad = bool(smallest < 0)
+        if bad:
+            raise SingularError(
+                f"the exponent {exponent} needs {'positive' if exponent < 0 else 'nonnegative'} eigenvalues, but the "
+                f"smallest is {float(smallest):.3e} (the largest is {float(eigenvalues.amax()):.3e}); pass damping > 0"
+            )
+    return eigenvalues**exponent
+
+
+def remembered(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A result that belongs to an immutable object and is computed once for it.
+
+    It is not a field: a copy of the object starts without it. It is forgotten if somebody writes to the object's
+    tensors in place, and never kept under a transform, a trace or for tensors that require gradients.
+    """
+    key = f"_{method.__name__}"
+
+    def recall(self: Any) -> Any:
+        from curvlib.pytree import flatten
+
+        tensors = flatten(self)[0]
+        if not is_eager() or any(x.requires_grad for x in tensors):
+            return method(self)
+        versions = tuple(-1 if x.is_inference() else x._version for x in tensors)
+        if key not in self.__dict__ or self.__dict__[key][0] != versions:
+            self.__dict__[key] = versions, method(self)
+        return self.__dict__[key][1]
+
+    recall.__doc__ = method.__doc__
+    return recall

@@ -1,0 +1,108 @@
+"""Random sketches: small matrices R with E[R^T R] = I, one a side of every block.
+
+Entries come from a counter-based generator on the CPU: they are the same on every device, and those of a smaller
+rank are the first rows of a larger one (before the scale).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from curvlib.errors import ArgumentError
+from curvlib.pytree import Domain, Tree
+
+KINDS = ("rademacher", "normal", "orthogonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """A description of random matrices; they are made when an operator is projected. See `sketch`."""
+
+    rank: int
+    kind: str
+    seed: int
+    domain: Domain
+
+    def matrix(self, block: str, side: str, width: int, like: Tensor) -> Tensor:
+        """R [p, width] for one side of a block, p = min(rank, width); R = I where p = width."""
+        if self.rank >= width:
+            return torch.eye(width, dtype=like.dtype, device=like.device)
+        key = int.from_bytes(hashlib.sha256(f"{self.seed}/{block}/{side}".encode()).digest()[:8], "big", signed=True)
+        if self.kind == "rademacher":
+            rows = 1.0 - 2.0 * (bits(key, self.rank, width) >> 63 & 1).double()
+            scale = 1 / math.sqrt(self.rank)
+        else:
+            rows = normal(key, self.rank, width)
+            scale = 1 / math.sqrt(self.rank)
+            if self.kind == "orthogonal":
+                q, r = torch.linalg.qr(rows.mT)
+                rows, scale = (q * r.diagonal().sign()).mT, math.sqrt(width / self.rank)
+        return (scale * rows).to(dtype=like.dtype, device=like.device)
+
+
+def sketch(params: Tree, *, rank: int = 64, kind: str = "rademacher", seed: int = 0) -> Sketch:
+    """Random matrices R with E[R^T R] = I, for every side of every block of a curvature on ``params``.
+
+    Args:
+        params: pytree of tensors that the curvature acts on.
+        rank: rows a side; a side that is not wider is kept as it is (R = I).
+        kind: "rademacher" (entries +-1 / sqrt(p)), "normal" (N(0, 1/p)), or "orthogonal" (orthonormal rows times
+            sqrt(d / p), which approximates best).
+        seed: equal seeds give equal matrices on every device.
+
+    Returns:
+        A sketch, to be given to ``curv.project``.
+
+    Raises:
+        ArgumentError: an unknown kind or a rank below 1.
+
+    Example:
+        >>> import curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(8, 6, bias=False))
+        >>> curv = cv.kfac(model_fn, params, (torch.randn(5, 8), torch.randn(5, 6)), loss=cv.MSE())
+        >>> P = curv.power(-0.5, cv.FactoredTikhonov(0.1)).project(cv.sketch(params, rank=2))
+        >>> P(params)["weight"].shape
+        torch.Size([2, 2])
+    """
+    if kind not in KINDS:
+        raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if rank < 1:
+        raise ArgumentError(f"rank must be at least 1, got {rank}")
+    return Sketch(rank, kind, seed, Domain.of(params))
+
+
+def bits(key: int, rows: int, columns: int, stream: int = 0) -> Tensor:
+    """64 random bits for each entry [rows, columns], a function of key, row, column and stream (SplitMix64)."""
+    row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns)
+    z = mix(mix(mix(torch.tensor(key) + stream) + row) + column)
+    return mix(z)
+
+
+def mix(z: Tensor) -> Tensor:
+    """SplitMix64's step and finalizer, in wrapping 64-bit arithmetic."""
+    z = z + signed(0x9E3779B97F4A7C15)
+    z = (z ^ shift_right(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shift_right(z, 27)) * signed(0x94D049BB133111EB)
+    return z ^ shift_right(z, 31)
+
+
+def signed(value: int) -> int:
+    """A 64-bit pattern as a signed integer."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def shift_right(z: Tensor, count: int) -> Tensor:
+    """Logical shift of signed 64-bit integers."""
+    return (z >> count) & ((1 << (64 - count)) - 1)
+
+
+def normal(key: int, rows: int, columns: int) -> Tensor:
+    """Standard normal numbers [rows, columns] in float64, by Box and Muller."""
+    first, second = (shift_right(bits(key, rows, columns, stream), 11).double() for stream in (1, 2))
+    radius = (-2 * ((first + 1) * 2.0**-53).log()).sqrt()
+    return radius * (2 * math.pi * 2.0**-53 * second).cos()
