@@ -1,54 +1,54 @@
-# Every target sets up what it needs in .venv; `make demo` and `make test` work as the first command on a fresh machine.
+# Every target works as the first command in a fresh clone: it makes .venv and installs what it needs.
+# Where the package index has no CPU build of torch: make setup TORCH_FLAGS="--index-url <index of CPU builds>"
 PYTHON ?= python3
-BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-THREADS ?= 2
+TORCH_FLAGS ?=
+PYTEST_FLAGS ?= -n auto
+BENCH_FLAGS ?=
 
-.PHONY: setup demo test slow bench docs lint clean
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.venv/base: constraints.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch
-	$(PIP) -e .
-	touch $@
+.PHONY: setup demo test parity bench docs lint clean
+.DELETE_ON_ERROR:
 
-.venv/dev: .venv/base
-	$(PIP) -e ".[dev,examples]"
-	touch $@
+setup: $(STAMPS)/dev $(STAMPS)/examples
 
-.venv/examples: .venv/base
-	$(PIP) -e ".[examples]"
-	touch $@
-
-.venv/bench: .venv/dev
-	$(PIP) -e ".[bench]"
-	touch $@
-
-.venv/docs: .venv/base
-	$(PIP) -e ".[docs]"
-	touch $@
-
-setup: .venv/dev
-
-demo: .venv/examples
+demo: $(STAMPS)/examples
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/dev
-	$(BIN)/python -m pytest
+test: $(STAMPS)/dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-slow: .venv/bench
-	$(BIN)/python -m pytest -m "slow or parity"
+parity: $(STAMPS)/dev $(STAMPS)/bench
+	$(BIN)/python -m pytest -m parity tests/parity
 
-bench: .venv/bench
-	$(BIN)/python bench/kfac_cost.py --threads $(THREADS)
+bench: $(STAMPS)/bench
+	$(BIN)/python bench/kfac_cost.py $(BENCH_FLAGS)
 
-docs: .venv/docs
-	$(BIN)/pdoc --docformat google --output-directory docs/api curvlib
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-lint: .venv/dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(STAMPS)/dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 clean:
-	rm -rf .venv docs/api demo.png
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and alone, so that nothing that depends on it chooses its build.
+$(STAMPS)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH_FLAGS) torch
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+# curvlinops draws in a torchvision that may not match torch; it works without.
+$(STAMPS)/bench: $(STAMPS)/torch pyproject.toml
+	$(INSTALL) --editable ".[bench]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision
+	touch $@

@@ -8,15 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import (
-    assert_equal,
-    every_kind,
-    generator,
-    make,
-    one_thread,  # noqa: F401
-    outer,
-    poisson,
-)
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +21,15 @@ from curvlib.errors import (
     TargetError,
 )
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
+from tests.loss_problems import (
+    assert_equal,
+    every_kind,
+    generator,
+    make,
+    one_thread,  # noqa: F401
+    outer,
+    poisson,
+)
 
 
 def test_custom_loss_agrees_with_the_closed_form() -> None:

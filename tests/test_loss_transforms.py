@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import (
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from curvlib.losses import MSE
+from tests.loss_problems import (
     assert_equal,
     every_kind,
     generator,
@@ -15,10 +19,6 @@ from loss_problems import (
     one_thread,  # noqa: F401
     outer,
 )
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-
-from curvlib.losses import MSE
 
 
 @every_kind

@@ -10,7 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_problems import (
+from torch import Tensor
+from torch.nn import functional
+
+from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity
+from tests.loss_problems import (
     KINDS,
     Problem,
     assert_equal,
@@ -23,10 +27,6 @@ from loss_problems import (
     poisson,
     problems,
 )
-from torch import Tensor
-from torch.nn import functional
-
-from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity
 
 
 @every_kind

@@ -18,7 +18,7 @@ from curvlib.estimators.data import Batch
 from curvlib.layers.base import KroneckerLayer
 from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import is_eager
-from curvlib.linalg.gram import gram
+from curvlib.linalg.gram import gram, writes_in_place
 from curvlib.losses import Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
 from curvlib.pytree import Domain, Tree
@@ -134,7 +134,7 @@ def measure(
     collector = Collector(plan, run, options, examples)
     if options.fisher != "forward-only":
         run.pull(vectors(run, targets, options, generator), collector.consume)
-    normalizer = loss.normalizer(run.outputs, targets)
+    normalizer = loss.normalizer(run.outputs.detach(), targets)
     return Statistics(plan.blocks, tuple(map(collector.sums, plan.blocks)), normalizer, examples)
 
 
@@ -234,6 +234,8 @@ def is_dense(block: Block, options: Options) -> bool:
 
 def assemble(statistics: Statistics, domain: Domain, options: Options) -> BlockDiagonal:
     """Normalizes the sums to factors and makes the operator."""
+    if options.loss.reduction == "sum":
+        statistics = dataclasses.replace(statistics, normalizer=torch.ones_like(statistics.normalizer))
     blocks: dict[str, Operator] = {}
     for block, sums in zip(statistics.blocks, statistics.sums, strict=True):
         with naming(block.name):
@@ -261,10 +263,17 @@ def make_block(block: Block, sums: BlockSums, statistics: Statistics, options: O
     groups = len(block.layout.shape) - 2
     terms: list[Operator] = []
     for placement, use in zip(block.placements, sums, strict=False):
-        inputs = side(use.inputs / use.rows.clamp(min=1), groups)
+        inputs = side(divide(use.inputs, use.rows.clamp(min=1)), groups)
         outputs = output_side(block, placement, use, statistics, options)
         terms.append(Kronecker(inputs, outputs) if placement.transposed else Kronecker(outputs, inputs))
     return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+
+
+def divide(total: Tensor, count: Tensor) -> Tensor:
+    """Sums over the data to means; the sums are not needed any more, and their memory is used again where possible."""
+    if writes_in_place(total) and total.is_floating_point():
+        return total.div_(count)
+    return total / count
 
 
 def side(factor: Tensor, groups: int) -> Dense | Diagonal:
@@ -278,7 +287,7 @@ def output_side(
     """G: the normalized second moment of the output gradients, or the identity for forward-only."""
     *groups, rows, columns = block.layout.shape
     if use.outputs is not None:
-        return side(use.outputs / statistics.normalizer, len(groups))
+        return side(divide(use.outputs, statistics.normalizer), len(groups))
     scale = statistics.examples if options.loss.reduction == "sum" else 1
     return ScaledIdentity(use.inputs.new_full((), scale), (columns if placement.transposed else rows,))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Splitting saves a quarter of the multiplications at each level, and pays from this width on.
-SPLIT = 256
+from curvlib.linalg.eager import is_eager
+
+# Splitting saves up to half of the multiplications, and pays from this width on.
+SPLIT = 128
 
 
 def gram(rows: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -26,21 +28,10 @@ def gram(rows: Tensor, *, weights: Tensor | None = None) -> Tensor:
         tensor([[1., 2.],
                 [2., 5.]])
     """
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    return symmetric_product(rows, rows if weights is None else rows * weights.unsqueeze(-1))
-
-
-def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right [*, d, d] for [*, n, d] with a symmetric result: the lower blocks mirror the upper ones."""
-    width = left.shape[-1]
-    if width < SPLIT:
-        return left.mT @ right
-    half = width // 2
-    upper = symmetric_product(left[..., :half], right[..., :half])
-    lower = symmetric_product(left[..., half:], right[..., half:])
-    corner = left[..., :half].mT @ right[..., half:]
-    return torch.cat([torch.cat([upper, corner], -1), torch.cat([corner.mT, lower], -1)], -2)
+    rows, weighted = weighted_rows(rows, weights)
+    if writes_in_place(rows, weighted):
+        return fill_symmetric(rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1]), rows, weighted)
+    return rows.mT @ weighted
 
 
 def augmented_gram(rows: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -58,12 +49,43 @@ def augmented_gram(rows: Tensor, *, weights: Tensor | None = None) -> Tensor:
         tensor([[10.,  4.],
                 [ 4.,  2.]])
     """
+    rows, weighted = weighted_rows(rows, weights)
+    sums = weighted.sum(-2)
+    total = sums.new_full((), rows.shape[-2]) if weights is None else weights.sum(-1).to(sums.dtype)
+    if not writes_in_place(rows, weighted):
+        return bordered(rows.mT @ weighted, sums, total)
+    width = rows.shape[-1]
+    result = rows.new_empty(*rows.shape[:-2], width + 1, width + 1)
+    fill_symmetric(result[..., :width, :width], rows, weighted)
+    result[..., :width, width] = sums
+    result[..., width, :width] = sums
+    result[..., width, width] = total
+    return result
+
+
+def weighted_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows in full precision, and the rows times their weights."""
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()
-    inner = gram(rows, weights=weights)
-    weighted = rows if weights is None else rows * weights.unsqueeze(-1)
-    total = inner.new_full((), rows.shape[-2]) if weights is None else weights.sum(-1).to(inner.dtype)
-    return bordered(inner, weighted.sum(-2), total)
+    return rows, rows if weights is None else rows * weights.unsqueeze(-1)
+
+
+def writes_in_place(*operands: Tensor) -> bool:
+    """Whether products may be written into a buffer: eagerly, and with no gradient to record."""
+    return is_eager() and not (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands))
+
+
+def fill_symmetric(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Writes left^T right, known to be symmetric, into result [*, d, d]; the lower blocks mirror the upper ones."""
+    width = left.shape[-1]
+    if width < SPLIT:
+        return torch.matmul(left.mT, right, out=result)
+    half = width // 2
+    fill_symmetric(result[..., :half, :half], left[..., :half], right[..., :half])
+    fill_symmetric(result[..., half:, half:], left[..., half:], right[..., half:])
+    corner = torch.matmul(left[..., :half].mT, right[..., half:], out=result[..., :half, half:])
+    result[..., half:, :half] = corner.mT
+    return result
 
 
 def bordered(inner: Tensor, sums: Tensor, total: Tensor) -> Tensor:

@@ -156,19 +156,24 @@ class CrossEntropy(Loss):
     def _sqrt_hessian(self, outputs: Tensor, targets: Any, start: int, stop: int) -> Tensor:
         log_p = self._classes_last(outputs).log_softmax(-1)
         examples, *positions, classes = log_p.shape
-        log_p = log_p.reshape(examples, -1, classes)  # [N, P, C]
+        log_p = log_p.reshape(examples, -1, classes).movedim(1, 0)  # [P, N, C]
+        mass = self._mass(outputs, targets).reshape(examples, -1).movedim(1, 0)  # [P, N]
+        if mass.dtype == torch.bool:
+            log_p = torch.where(mass.unsqueeze(-1), log_p, 0)  # ignored outputs need not be finite
         column = torch.arange(start, stop, device=outputs.device)
         position, chosen_class = column // classes, column % classes  # [K]
         # exp(log p / 2) stays accurate where p itself underflows
-        at_class = (0.5 * log_p[:, position, chosen_class]).exp()  # [N, K]
+        at_class = (0.5 * log_p[position, :, chosen_class]).exp()  # [K, N]
+        at_class = at_class * mass[position].to(log_p.dtype).sqrt()
         hit = torch.arange(classes, device=outputs.device) == chosen_class.unsqueeze(-1)  # [K, C]
-        columns = at_class.unsqueeze(-1) * (hit.to(log_p.dtype) - log_p[:, position].exp())  # [N, K, C]
-        mass = self._mass(outputs, targets).reshape(examples, -1)[:, position]  # [N, K]
-        columns = _weigh(columns, mass, exponent=0.5).movedim(1, 0).unsqueeze(2)  # [K, N, 1, C]
-        # where, not a product: zeros stay zeros next to outputs that are not finite
-        here = torch.arange(log_p.shape[1], device=outputs.device) == position.unsqueeze(-1)  # [K, P]
-        spread = torch.where(here[:, None, :, None], columns, 0)  # [K, N, P, C]
-        return self._classes_back(spread.reshape(stop - start, examples, *positions, classes), outputs)
+        single = log_p.shape[0] == 1
+        p = log_p.exp() if single else log_p.exp()[position]  # [1 or K, N, C]
+        columns = at_class.unsqueeze(-1) * (hit.unsqueeze(1).to(p.dtype) - p)  # [K, N, C]
+        if not single:
+            # where, not a product: zeros stay zeros next to outputs that are not finite
+            here = torch.arange(log_p.shape[0], device=outputs.device) == position.unsqueeze(-1)  # [K, P]
+            columns = torch.where(here[:, None, :, None], columns.unsqueeze(2), 0)  # [K, N, P, C]
+        return self._classes_back(columns.reshape(stop - start, examples, *positions, classes), outputs)
 
     def _sample(self, outputs: Tensor, targets: Any, generator: torch.Generator, samples: int) -> Tensor:
         p = self._classes_last(outputs).softmax(-1)

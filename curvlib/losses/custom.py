@@ -97,7 +97,7 @@ class CustomLoss(Loss):
     def _term(self, output: Tensor, target: Any) -> Tensor:
         """l(f, y) of one example, 0-d, by a call of ``fn`` on a batch of one."""
         one = torch_pytree.tree_map_only(Tensor, lambda leaf: leaf.unsqueeze(0), target)
-        value = self.fn(output.unsqueeze(0), one)
+        value: Any = self.fn(output.unsqueeze(0), one)
         if not isinstance(value, Tensor) or value.shape != (1,):
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(

@@ -1,0 +1,140 @@
+"""Weights used by several calls, or in slices: exact where every use is exact and the uses do not interact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from exactness_problems import assert_exact, normal, problem
+from torch import Tensor
+
+import curvlib as cv
+
+both_reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
+
+Params = dict[str, Tensor]
+SQUARE = {"0.weight": torch.zeros(3, 3)}
+BIASED = {"0.weight": torch.zeros(2, 3), "0.bias": torch.zeros(2)}
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[:, 0], x[:, 1]
+
+
+def side_by_side(*outputs: Tensor) -> Tensor:
+    """Every use has outputs of its own: their cross terms in the GGN of the squared error vanish."""
+    return torch.cat(outputs, 1)
+
+
+def twice(params: Params, x: Tensor) -> Tensor:
+    a, b = halves(x)
+    return side_by_side(a @ params["0.weight"].T, b @ params["0.weight"].T)
+
+
+def transposed(params: Params, x: Tensor) -> Tensor:
+    a, b = halves(x)
+    return side_by_side(a @ params["0.weight"].T, b @ params["0.weight"])
+
+
+def with_bias(params: Params, x: Tensor) -> Tensor:
+    return side_by_side(*(F.linear(part, params["0.weight"], params["0.bias"]) for part in halves(x)))
+
+
+def at_two_depths(params: Params, x: Tensor) -> Tensor:
+    a, b = halves(x)
+    fixed = normal(9, 3, 3)
+    return side_by_side(a @ params["0.weight"].T @ fixed, b @ params["0.weight"].T)
+
+
+def three_times(params: Params, x: Tensor) -> Tensor:
+    a, b = halves(x)
+    return side_by_side(*(part @ params["0.weight"].T for part in (a, b, a - b)))
+
+
+USES: dict[str, tuple[Callable[[Params, Tensor], Tensor], Params]] = {
+    "twice": (twice, SQUARE),
+    "transposed": (transposed, SQUARE),
+    "with bias": (with_bias, BIASED),
+    "at two depths": (at_two_depths, SQUARE),
+    "three times": (three_times, SQUARE),
+}
+
+
+@both_reductions
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+@pytest.mark.parametrize("uses", USES)
+def test_the_sum_over_uses_of_a_tied_weight_is_exact(uses: str, engine: str, reduction: str) -> None:
+    model_fn, shapes = USES[uses]
+    case = problem(model_fn, normal(1, 4, 2, 3), "mse", reduction, params=shapes)
+    curv = case.kfac(engine=engine)
+    assert isinstance(curv.blocks["0.weight"], cv.Sum)
+    assert_exact(curv, case.ggn())
+
+
+@both_reductions
+@pytest.mark.parametrize("uses", ["twice", "with bias", "three times"])
+def test_merged_uses_are_exact_where_their_output_factors_are_equal(uses: str, reduction: str) -> None:
+    model_fn, shapes = USES[uses]
+    case = problem(model_fn, normal(1, 4, 2, 3), "mse", reduction, params=shapes)
+    curv = case.kfac(tied="merge")
+    assert isinstance(curv.blocks["0.weight"], cv.Kronecker)
+    assert_exact(curv, case.ggn())
+
+
+@both_reductions
+def test_merged_uses_are_not_exact_where_their_output_factors_differ(reduction: str) -> None:
+    case = problem(at_two_depths, normal(1, 4, 2, 3), "mse", reduction, params=SQUARE)
+    assert reference.relative_error(case.kfac(tied="merge").to_dense(), case.ggn()) > 0.01
+
+
+@both_reductions
+def test_a_table_that_is_embedding_and_head_is_exact_where_its_uses_do_not_interact(reduction: str) -> None:
+    def model_fn(params: Params, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        word, vector = inputs
+        return side_by_side(F.embedding(word, params["0.weight"]), vector @ params["0.weight"].T)
+
+    inputs = (torch.tensor([0, 3, 3, 1]), normal(2, 4, 3))
+    case = problem(model_fn, inputs, "mse", reduction, params={"0.weight": torch.zeros(5, 3)})
+    assert_exact(case.kfac(), case.ggn())
+
+
+@both_reductions
+def test_a_bias_shared_by_two_weights_is_a_block_of_its_own_from_the_sum_of_its_gradients(reduction: str) -> None:
+    def model_fn(params: Params, x: Tensor) -> Tensor:
+        a, b = halves(x)
+        first = F.linear(a, params["0.weight"], params["2.bias"])
+        return first * torch.tanh(F.linear(b, params["1.weight"], params["2.bias"]))
+
+    shapes = {"0.weight": torch.zeros(2, 3), "1.weight": torch.zeros(2, 3), "2.bias": torch.zeros(2)}
+    case = problem(model_fn, normal(3, 4, 2, 3), "mse", reduction, params=shapes)
+    exact = reference.block(case.ggn(), case.params, "2.bias")
+    dense = case.kfac(elementwise="dense").blocks["2.bias"].to_dense()
+    assert reference.relative_error(dense, exact) <= 1e-10
+    diagonal = case.kfac().blocks["2.bias"].to_dense()
+    assert reference.relative_error(diagonal, exact.diag().diag()) <= 1e-10
+
+
+@both_reductions
+def test_slices_of_a_weight_for_different_inputs_are_blocks_of_their_own(reduction: str) -> None:
+    def model_fn(params: Params, x: Tensor) -> Tensor:
+        first, second = params["0.weight"].chunk(2)
+        a, b = halves(x)
+        return a @ first.T + b @ second.T
+
+    case = problem(model_fn, normal(4, 4, 2, 3), "mse", reduction, params={"0.weight": torch.zeros(4, 3)})
+    labels = {"0.weight": torch.tensor([0, 0, 1, 1]).unsqueeze(1).expand(4, 3)}
+    assert_exact(case.kfac(), reference.block_diagonal(case.ggn(), labels))
+
+
+@both_reductions
+def test_outputs_cut_into_slices_belong_to_one_block(reduction: str) -> None:
+    def model_fn(params: Params, x: Tensor) -> Tensor:
+        query, key = F.linear(x, params["0.weight"], params["0.bias"]).chunk(2, -1)
+        return query - 2 * key
+
+    shapes = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(4)}
+    case = problem(model_fn, normal(5, 4, 3), "mse", reduction, params=shapes)
+    assert_exact(case.kfac(), case.ggn())
