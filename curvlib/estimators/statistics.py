@@ -17,7 +17,7 @@ from curvlib.errors import ArgumentError, CaptureError, NonFiniteError, naming
 from curvlib.estimators.data import Batch
 from curvlib.layers.base import KroneckerLayer
 from curvlib.layers.elementwise import Elementwise
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import gram, writes_in_place
 from curvlib.losses import Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
@@ -116,6 +116,8 @@ def measure(
     expected = torch.empty(plan.output_shape(examples), device="meta")
     loss.check(expected, targets)
     mask = loss.mask(expected, targets)
+    if mask is not None and may_look_at(mask) and mask.all():
+        mask = None
 
     def record(number: int, operand: Tensor | None, z: Tensor) -> list[Any]:
         kept: list[Any] = []
@@ -293,9 +295,9 @@ def output_side(
 
 
 def check_finite(block: Operator) -> None:
-    """Refuses a block with an infinite or undefined entry, where that needs no synchronization with a GPU."""
+    """Refuses a block with an infinite or undefined entry, where its values may be looked at."""
     for tensor in tensors_in(block):
-        if is_eager() and tensor.device.type == "cpu" and not tensor.sum().isfinite():
+        if may_look_at(tensor) and not tensor.sum().isfinite():
             raise NonFiniteError(
                 "the factor is not finite: the inputs, the parameters or the outputs contain inf or nan, or no "
                 "target counts"

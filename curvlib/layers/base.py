@@ -108,12 +108,9 @@ class KroneckerLayer(Layer):
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         """Gradients [K, *z.shape] -> rows g [K, N, (groups,) T, d_out]."""
 
+    @abstractmethod
     def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
         """Sum of g g^T over K vectors, N examples and (expand) T positions: [*groups, d_out, d_out] or diagonal."""
-        rows = self.output_rows(g, kept, examples)
-        if sharing == "reduce":
-            rows = rows.sum(-2, keepdim=True)
-        return second_moment(groups_first(rows, 2), None, max_dense, augmented=False)
 
 
 def positions_that_count(mask: Tensor | None, examples: int, positions: int) -> Tensor | None:
@@ -149,6 +146,13 @@ def second_moment(rows: Tensor, weights: Tensor | None, max_dense: int, *, augme
         return diagonal
     total = weights.sum(-1) if weights is not None else diagonal.new_full((), rows.shape[-2])
     return torch.cat([diagonal, total.to(diagonal.dtype).expand(*diagonal.shape[:-1]).unsqueeze(-1)], -1)
+
+
+def output_moment(rows: Tensor, sharing: str, max_dense: int) -> Tensor:
+    """`KroneckerLayer.output_factor` from rows g [K, N, (groups,) T, d]."""
+    if sharing == "reduce":
+        rows = rows.sum(-2, keepdim=True)
+    return second_moment(groups_first(rows, 2), None, max_dense, augmented=False)
 
 
 def input_moment(

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from curvlib.errors import CaptureError
-from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment
+from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.elementwise import Elementwise
 from curvlib.operators.layout import Region
 
@@ -46,6 +46,9 @@ class Contraction(KroneckerLayer):
 
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         return self.output_axes.rows(g, examples, leading=1)
+
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
+        return output_moment(self.output_rows(g, kept, examples), sharing, max_dense)
 
     def split(self) -> tuple[KroneckerLayer, Layer]:
         assert self.bias is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import CaptureError
-from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment
+from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.contraction import bias_shift
 from curvlib.layers.table import Inspection, Use, entry
 from curvlib.linalg.patch_gram import patch_gram, patches
@@ -80,22 +80,31 @@ class Convolution(KroneckerLayer):
         self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, max_dense: int
     ) -> tuple[Tensor, Tensor]:
         augmented = self.bias is not None
+        images = None if mask is None else mask.reshape(examples, -1).any(1)
         if sharing == "reduce":
-            mask = None if mask is None else mask.reshape(examples, -1).any(1)
-            return input_moment(self.input_means(x, examples), sharing, mask, max_dense, augmented=augmented)
-        width = self.weight.shape[-1] + augmented
+            return input_moment(self.input_means(x, examples), sharing, images, max_dense, augmented=augmented)
+        sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
+        positions = math.prod(self.lengths(sizes)) * x.shape[0] // examples
+        pixelwise = mask is not None and mask.numel() == examples * positions
         symmetric = all(before == after for before, after in self.padding)
-        if mask is None and self.groups == 1 and symmetric and width <= max_dense:
-            padding = tuple(before for before, _ in self.padding)
-            sizes = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
-            factor = patch_gram(x, self.kernel, self.stride, padding, self.dilation, augmented=augmented)
-            return factor, torch.full((), x.shape[0] * math.prod(self.lengths(sizes)), device=x.device)
-        return input_moment(self.input_rows(x, examples), sharing, mask, max_dense, augmented=augmented)
+        if pixelwise or self.groups > 1 or not symmetric or self.weight.shape[-1] + augmented > max_dense:
+            return input_moment(self.input_rows(x, examples), sharing, mask, max_dense, augmented=augmented)
+        padding = [before for before, _ in self.padding]
+        counted = None if images is None else images.repeat_interleave(x.shape[0] // examples)
+        return patch_gram(x, self.kernel, self.stride, padding, self.dilation, counted=counted, augmented=augmented)
 
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         if self.groups > 1:
             g = g.unflatten(2, (self.groups, -1))
         return self.output_axes.rows(g, examples, leading=1)
+
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
+        positions, width = math.prod(g.shape[3:]), g.shape[2] // self.groups
+        if sharing == "reduce" or width > max_dense or positions < width:
+            return output_moment(self.output_rows(g, kept, examples), sharing, max_dense)
+        images = g.reshape(-1, self.groups, width, positions)  # pixels stay where they are
+        factor = (images @ images.mT).sum(0)
+        return factor if self.groups > 1 else factor.squeeze(0)
 
 
 @entry(torch.conv1d, torch.conv2d, torch.conv3d)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvlib.errors import CaptureError
-from curvlib.layers.base import Axes, KroneckerLayer, Layer, positions_that_count, second_moment
+from curvlib.layers.base import Axes, KroneckerLayer, Layer, output_moment, positions_that_count, second_moment
 from curvlib.layers.table import Inspection, Use, entry
 from curvlib.operators.layout import Region
 
@@ -57,6 +57,9 @@ class Embedding(KroneckerLayer):
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         rows = self.output_axes.rows(g, examples, leading=1)
         return rows if kept is None else rows * kept.unsqueeze(-1)
+
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
+        return output_moment(self.output_rows(g, kept, examples), sharing, max_dense)
 
 
 @entry(F.embedding)

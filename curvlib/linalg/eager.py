@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
@@ -22,3 +23,15 @@ def is_eager() -> bool:
         and not _get_current_dispatch_mode_stack()
         and not torch.compiler.is_compiling()
     )
+
+
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether a tensor's values may decide what is done: eagerly, and without waiting for a device.
+
+    Example:
+        >>> may_look_at(torch.ones(2))
+        True
+        >>> torch.func.vmap(lambda x: x * may_look_at(x))(torch.ones(2))
+        tensor([0., 0.])
+    """
+    return is_eager() and tensor.device.type == "cpu"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvlib.linalg.difference_gram import difference_gram
-from curvlib.linalg.gram import augmented_gram, bordered, gram
+from curvlib.linalg.gram import bordered, gram
 
 
 def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
@@ -27,8 +27,9 @@ def patch_gram(
     padding: Sequence[int],
     dilation: Sequence[int],
     *,
+    counted: Tensor | None = None,
     augmented: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """P^T P for the patches P [N * positions, C * prod(kernel)] of a convolution's input.
 
     Args:
@@ -37,40 +38,49 @@ def patch_gram(
         stride: steps of the window.
         padding: zeros before and after each spatial axis.
         dilation: spacing within the kernel.
+        counted: [N] of booleans: whose patches count; None: everyone's.
         augmented: append a one to every patch.
 
     Returns:
-        [C * prod(kernel), C * prod(kernel)], channels outermost, or one larger if ``augmented``.
+        [C * prod(kernel), C * prod(kernel)], channels outermost, or one larger if ``augmented``; and the number of
+        patches, 0-d.
 
     Example:
         >>> import torch
         >>> patch_gram(torch.ones(1, 1, 3), (2,), (1,), (0,), (1,))
-        tensor([[2., 2.],
-                [2., 2.]])
+        (tensor([[2., 2.],
+                [2., 2.]]), tensor(2))
     """
+    if len(kernel) == 1:
+        flat = ((1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
+        return patch_gram(x.unsqueeze(2), *flat, counted=counted, augmented=augmented)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
+    if counted is not None:
+        x = torch.where(counted.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+    widths = [p for p in reversed(padding) for _ in range(2)]
+    # for the sums of patches, the sum of all images will do
+    windows = patches(F.pad(x.sum(0, keepdim=True), widths), kernel, stride, dilation)[0]  # [C, *positions, *kernel]
+    positions = tuple(range(1, 1 + len(kernel)))
+    images = torch.full((), x.shape[0], device=x.device) if counted is None else counted.sum()
+    count = images * math.prod(windows.shape[i] for i in positions)
     if shares_differences(x, kernel, stride, padding, dilation):
         inner = difference_gram(x, (kernel[0], kernel[1]), (padding[0], padding[1]))
-        if not augmented:
-            return inner
-        total = F.pad(x.sum(0, keepdim=True), (padding[1], padding[1], padding[0], padding[0]))
-        windows = patches(total, kernel, stride, dilation)[0]  # [C, *positions, *kernel]
-        count = x.shape[0] * windows.shape[1] * windows.shape[2]
-        return bordered(inner, windows.sum((1, 2)).reshape(-1), inner.new_full((), count))
-    widths = [p for pair in zip(reversed(padding), reversed(padding), strict=True) for p in pair]
-    x = F.pad(x, widths) if any(widths) else x
-    spatial = len(kernel)
-    order = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
-    rows = patches(x, kernel, stride, dilation).permute(order).reshape(-1, x.shape[1] * math.prod(kernel))
-    return augmented_gram(rows) if augmented else gram(rows)
+    else:
+        views = patches(F.pad(x, widths) if any(widths) else x, kernel, stride, dilation)
+        kernels = tuple(range(2 + len(kernel), 2 + 2 * len(kernel)))
+        rows = views.permute(0, *(1 + i for i in positions), 1, *kernels)
+        inner = gram(rows.reshape(-1, x.shape[1] * math.prod(kernel)))
+    if augmented:
+        inner = bordered(inner, windows.sum(positions).reshape(-1), count.to(inner.dtype))
+    return inner, count
 
 
 def shares_differences(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> bool:
-    """Whether the differences are worth sharing: 2-D, unit steps, a core, and enough channels for fast products."""
+    """Whether `difference_gram` applies and pays: a two-dimensional window of unit steps, at most half the image."""
     if len(kernel) != 2 or math.prod(kernel) == 1 or any(step != 1 for step in (*stride, *dilation)):
         return False
     lengths = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, kernel, strict=True)]
-    return x.shape[1] >= 16 and all(length >= 2 * k for length, k in zip(lengths, kernel, strict=True))
+    return all(length >= 2 * k for length, k in zip(lengths, kernel, strict=True) if k > 1)
