@@ -43,8 +43,11 @@ class Pullback(Protocol):
     """
 
     outputs: Tensor
-    kept: list[Any]
     width: int
+
+    @property
+    def kept(self) -> list[Any]:
+        """What ``record`` returned at each site."""
 
     def pull(self, parts: Iterable[Tensor], consume: Consume) -> None:
         """Pulls vectors back to all sites. It may be called once."""
@@ -168,7 +171,7 @@ class FunctionalPullback:
         ]
         with torch.enable_grad():
             self.outputs, self._pull, tensors = torch.func.vjp(perturbed, zeros, has_aux=True)  # type: ignore[misc]
-        self.kept = unflatten(structure, tensors)
+        self.kept: list[Any] = unflatten(structure, tensors)
 
     def pull(self, parts: Iterable[Tensor], consume: Consume) -> None:
         """Pulls vectors back to all sites."""
@@ -198,6 +201,22 @@ class RestartError(Exception):
     """The model must run again with inputs that require gradients."""
 
 
+class Stream:
+    """What the hooks on layer outputs know. They live as long as the graph, so this must not refer back to it."""
+
+    def __init__(self, plan: Plan, examples: int) -> None:
+        self.plan, self.examples = plan, examples
+        self.kept: list[Any] = [None] * len(plan.sites)
+        self.consume: Consume | None = None
+
+    def take(self, number: int, g: Tensor) -> None:
+        """Hands on gradients [K, *z.shape] of a site's output, in the planned shape."""
+        if self.consume is not None:
+            shape = self.plan.sites[number].output_shape(self.examples)
+            with torch.no_grad():
+                self.consume(number, self.kept[number], g.reshape(len(g), *shape))
+
+
 class AutogradPullback:
     """Engine `autograd`: every layer output is tapped; a hook there sees its gradient and lets it go.
 
@@ -224,9 +243,8 @@ class AutogradPullback:
         return Tap.apply(x.clone(), self._root) if x.is_floating_point() else x
 
     def _run(self, model_fn: ModelFn, params: Tree, inputs: Any, record: Record) -> None:
-        self.kept: list[Any] = [None] * len(self.plan.sites)
+        self._stream = stream = Stream(self.plan, self.examples)
         self._edges: dict[int, Any] = {}
-        self._consume: Consume | None = None
         tapped_inputs = any(x.requires_grad for x in torch_pytree.tree_leaves(inputs) if isinstance(x, Tensor))
 
         def visit(number: int, site: Site, result: Tensor, operand: Tensor | None) -> Tensor:
@@ -240,11 +258,11 @@ class AutogradPullback:
                 raise RestartError
             with torch.no_grad():
                 full = result.expand(self.examples, *result.shape) if site.expanded else result
-                self.kept[number] = record(number, None if operand is None else operand.detach(), full.detach())
+                stream.kept[number] = record(number, None if operand is None else operand.detach(), full.detach())
             if site.expanded:
                 result = expand_examples(result, self.examples)
             output = Tap.apply(result.clone() if site.expanded or result._is_view() else result, self._root)
-            output.register_hook(lambda g: self._stream(number, g))
+            output.register_hook(lambda g: stream.take(number, g.unsqueeze(0)))
             self._edges[number] = torch.autograd.graph.get_gradient_edge(output)
             return output
 
@@ -252,13 +270,10 @@ class AutogradPullback:
             self.outputs = model_fn(params, inputs)
         check_count(self.plan, replay)
 
-    def _stream(self, number: int, g: Tensor) -> None:
-        if self._consume is not None:
-            with torch.no_grad():
-                self._consume(number, self.kept[number], self._planned(number, g.unsqueeze(0)))
-
-    def _planned(self, number: int, g: Tensor) -> Tensor:
-        return g.reshape(len(g), *self.plan.sites[number].output_shape(self.examples))
+    @property
+    def kept(self) -> list[Any]:
+        """What ``record`` returned at each site."""
+        return self._stream.kept
 
     def pull(self, parts: Iterable[Tensor], consume: Consume) -> None:
         """Pulls vectors back to all sites; the graph is released with the last of them."""
@@ -273,15 +288,16 @@ class AutogradPullback:
 
     def _pull(self, part: Tensor, consume: Consume, *, retain: bool) -> None:
         if len(part) == 1:
-            self._consume = consume
+            self._stream.consume = consume
             torch.autograd.grad(self.outputs, [self._root], part[0], retain_graph=retain, allow_unused=True)
-            self._consume = None
+            self._stream.consume = None
             return
         edges = list(self._edges.values())
         gradients = torch.autograd.grad(
             self.outputs, edges, part, retain_graph=retain, allow_unused=True, is_grads_batched=True
         )
-        with torch.no_grad():
-            for number, g in zip(self._edges, gradients, strict=True):
-                if g is not None:
-                    consume(number, self.kept[number], self._planned(number, g))
+        self._stream.consume = consume
+        for number, g in zip(self._edges, gradients, strict=True):
+            if g is not None:
+                self._stream.take(number, g)
+        self._stream.consume = None

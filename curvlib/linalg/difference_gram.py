@@ -81,7 +81,9 @@ def difference_gram(x: Tensor, kernel: tuple[int, int], padding: tuple[int, int]
     windows = [[window(i1, i2) for i2 in range(k2)] for i1 in range(k1)]
 
     def entries(i1: int, i2: int, j1: int, j2: int) -> Tensor:
-        return entries(j1, j2, i1, i2).mT if i1 > j1 else windows[i1][i2][:, :, j1 - i1, j2]
+        if i1 > j1:  # not by recursion: a function that refers to itself would keep the windows alive
+            return windows[j1][j2][:, :, i1 - j1, i2].mT
+        return windows[i1][i2][:, :, j1 - i1, j2]
 
     offsets = [(i1, i2) for i1 in range(k1) for i2 in range(k2)]
     blocks = [torch.stack([entries(*i, *j) for j in offsets], -1) for i in offsets]  # of [C, C, k1 k2]
