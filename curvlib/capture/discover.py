@@ -8,6 +8,7 @@ exactly if the prime divides it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,25 +77,35 @@ class Product:
     shift: int | None = None
 
 
+class ExpansionError(Exception):
+    """A site's output cannot be given an axis of examples."""
+
+
 class Discover(TorchFunctionMode):
     """Records what every known call does with the parameters; a use by any other call is an error.
 
     Args:
         domain: the parameters' names and shapes.
-        leaves: the contiguous tensors that stand for them.
+        originals: the parameters, in the order of the domain.
         examples: the number of examples.
-        expanded: the calls whose output has no axis of examples and is to be given one.
+        expand: give the outputs of sites that have no axis of examples one.
     """
 
-    def __init__(self, domain: Domain, leaves: list[Tensor], examples: Examples, expanded: frozenset[int]) -> None:
+    def __init__(self, domain: Domain, originals: list[Tensor], examples: Examples, *, expand: bool) -> None:
         super().__init__()
         self.domain = domain
         self.examples = examples
-        self.expanded = expanded
-        self.aliases = {storage(leaf): Alias(i, 0, leaf) for i, leaf in enumerate(leaves)}
+        self.expand = expand
+        self.expanded: dict[int, Tensor] = {}  # by storage
+        self.originals = originals
+        self.aliases: dict[int, Alias] = {}
         self.calls = 0
         self.sites: list[Site] = []
         self.products: dict[int, Product] = {}
+
+    def follow(self, stand_ins: list[Tensor]) -> None:
+        """Makes the contiguous tensors known that stand for the parameters in this run."""
+        self.aliases = {storage(leaf): Alias(i, 0, leaf) for i, leaf in enumerate(stand_ins)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,14 +118,16 @@ class Discover(TorchFunctionMode):
             for operand in operands:
                 if id(operand) in self.products:
                     self.products[id(operand)].readers += 1
+        if self.expanded and outputs:
+            self.check_expanded(func, operands, outputs)
         used = {alias.leaf for alias in map(self.alias, operands) if alias is not None}
         if not used or not outputs:
             return result
-        names = " and ".join(repr(self.domain.names[leaf]) for leaf in sorted(used))
+        names = parameters(self.domain, sorted(used))
         name = getattr(func, "__name__", str(func))
         if all(self.alias(output) is not None for output in outputs):
             if name.endswith("_") and not name.endswith("__"):
-                raise CaptureError(f"parameter {names} is changed in place by {name!r}; model_fn must be pure")
+                raise CaptureError(f"{name!r} changes {names} in place; model_fn must be pure")
             return result
         if func in COPIES and (self.alias(operands[0]) is None or self.follow_copy(operands[0], outputs[0])):
             return result
@@ -122,15 +135,15 @@ class Discover(TorchFunctionMode):
             return result
         if entry is None:
             raise CaptureError(
-                f"parameter {names} is used by {name!r} (after {self.calls} known calls), which curvlib does not "
-                "understand: rewrite it with a known call (linear, matmul, einsum, addmm, convolution, embedding, a "
-                "norm, add, sub, mul), add an entry to the layer table (curvlib.layers), or leave the parameter out "
-                "of params by closing over it in model_fn"
+                f"{name!r} (after {self.calls} known calls) uses {names}, which curvlib does not understand: rewrite "
+                "the call with a known one (linear, matmul, einsum, addmm, convolution, embedding, a norm, add, sub, "
+                "mul), add an entry to the layer table (curvlib.layers), or leave the parameter out of params by "
+                "closing over it in model_fn"
             )
         try:
             return self.match(entry, result, args, kwargs, used)
         except CaptureError as error:
-            raise CaptureError(f"parameter {names} in call {self.calls - 1}, {entry.name}: {error}") from error
+            raise CaptureError(f"{names} in call {self.calls - 1}, {entry.name}: {error}") from error
 
     def alias(self, value: Any) -> Alias | None:
         """The leaf that a tensor shares its storage with."""
@@ -161,10 +174,11 @@ class Discover(TorchFunctionMode):
         use = entry.match(Inspection(self.region, output, batch or 0), *args, **kwargs)
         claimed = set() if use is None else {region.leaf for region in use.layer.regions}
         if use is None or claimed != used:
-            missed = " and ".join(repr(self.domain.names[leaf]) for leaf in sorted(used - claimed))
+            missed = parameters(self.domain, sorted(used - claimed))
             raise CaptureError(f"the call uses {missed} in a way that is not understood")
-        if batch is None and ordinal in self.expanded:
+        if batch is None and self.expand:
             result = expand_examples(result, self.examples.number)
+            self.expanded[storage(result)] = result
         sizes = self.examples.sizes(output)
         self.sites.append(
             Site(ordinal, entry.name, (use.layer,), use.operand, result.dtype, sizes, expanded=batch is None)
@@ -176,6 +190,12 @@ class Discover(TorchFunctionMode):
         if batch is not None and isinstance(use.layer, Contraction) and use.layer.bias is None:
             self.products[id(result)] = Product(result, len(self.sites) - 1)
         return result
+
+    def check_expanded(self, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
+        """An axis of examples that a site was given must not be summed away: the sum would be another one."""
+        reads = any(storage(operand) in self.expanded for operand in operands)
+        if reads and all(self.examples.axis(output) is None for output in outputs):
+            raise ExpansionError(f"{getattr(func, '__name__', str(func))!r} takes the axis of examples away again")
 
     def is_bias_of(self, product: Product, site: Site) -> bool:
         """Whether a site adds one number an output feature to a linear layer's output."""
@@ -203,6 +223,12 @@ class Discover(TorchFunctionMode):
             sites[product.site] = dataclasses.replace(site, layers=(dataclasses.replace(layer, bias=bias),))
             sites[product.shift] = None
         return [site for site in sites if site is not None]
+
+
+def parameters(domain: Domain, leaves: Iterable[int]) -> str:
+    """Names of leaves, for messages."""
+    quoted = [repr(domain.names[leaf]) for leaf in leaves]
+    return f"parameter {quoted[0]}" if len(quoted) == 1 else f"parameters {', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
 def storage(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from curvlib.capture.blocks import assign, split_lone_biases
-from curvlib.capture.discover import Discover, Examples, tensors_in
-from curvlib.capture.plan import Plan
+from curvlib.capture.discover import Discover, Examples, parameters, tensors_in
+from curvlib.capture.plan import Plan, Site
 from curvlib.errors import CaptureError, CurvlibError, DeviceError, EmptyBatchError, UnusedParameterError
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain, Tree, flatten
@@ -68,7 +69,7 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
         runs.append((Examples(number, marked=False), False))
     failure: Exception | None = None
     for examples, fake in runs:
-        with outside_transforms(), torch.no_grad():
+        with outside_transforms(), quiet(), torch.no_grad():
             try:
                 return discover(model_fn, domain, leaves, (inputs, number), examples, fake=fake)
             except CurvlibError:
@@ -82,42 +83,33 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
 def discover(
     model_fn: ModelFn, domain: Domain, leaves: list[Tensor], batch: tuple[Any, int], examples: Examples, *, fake: bool
 ) -> Plan:
-    """Runs the model until every site has an axis of examples: at most once more after the first run.
+    """Runs the model; the output of a site without an axis of examples (a table of positions, say) is given one.
 
-    The output of a site without one (a table of positions, say) is expanded by it, so that per-example gradients
-    exist there; this must not change anything else.
+    Per-example gradients exist there only then. It must not change what the model computes: if it fails, and the
+    model runs without it, that is an error that names the site.
     """
-    expanded: frozenset[int] = frozenset()
-    first: tuple[int, torch.Size] | None = None
-    while True:
-        try:
-            mode, outputs = run(model_fn, domain, leaves, batch, examples, expanded, fake=fake)
-        except CurvlibError:
+    mode = Discover(domain, leaves, examples, expand=True)
+    try:
+        outputs = run(model_fn, mode, batch, fake=fake)
+        check_outputs(outputs, examples)
+    except CurvlibError:
+        raise
+    except Exception as error:
+        if not mode.expanded:
             raise
-        except Exception as error:
-            if not expanded:
-                raise
-            raise CaptureError(f"{lonely(domain, mode)}, and giving it one breaks the model: {error}") from error
-        if not isinstance(outputs, Tensor):
-            raise CaptureError(f"model_fn must return one tensor [N, ...], not a {type(outputs).__name__}")
-        if outputs.ndim == 0 or outputs.shape[0] != examples.number:
-            raise BatchAxisError(
-                f"model_fn must return outputs whose first axis counts the examples of the inputs, got the shape "
-                f"{examples.sizes(outputs)} for {examples.number} examples"
-            )
-        if first not in (None, (mode.calls, outputs.shape)):
-            raise CaptureError(f"{lonely(domain, mode)}, and giving it one changes the model's output")
-        first = (mode.calls, outputs.shape)
-        lacking = frozenset(site.ordinal for site in mode.sites if site.expanded)
-        if lacking <= expanded:
-            break
-        expanded |= lacking
+        plain = Discover(domain, leaves, examples, expand=False)
+        check_outputs(run(model_fn, plain, batch, fake=fake), examples)
+        lonely = [f"{named(domain, site)} in call {site.ordinal}, {site.call}" for site in plain.sites if site.expanded]
+        raise CaptureError(
+            f"{', '.join(lonely)}: the output has no axis that counts examples, and giving it one breaks the "
+            f"model: {error}"
+        ) from error
     sites = split_lone_biases(mode.settled(outputs))
     used = {region.leaf for site in sites for layer in site.layers for region in layer.regions}
-    unused = [repr(name) for leaf, name in enumerate(domain.names) if leaf not in used]
+    unused = [leaf for leaf in range(len(domain.names)) if leaf not in used]
     if unused:
         raise UnusedParameterError(
-            f"the model never uses parameter {', '.join(unused)}: leave it out of params"
+            f"the model never uses {parameters(domain, unused)}: leave out of params what it does not use"
             + ("" if used else ", or make model_fn read its first argument (it uses no parameter at all)")
         )
     return Plan(domain, tuple(sites), assign(domain, sites), mode.calls, examples.sizes(outputs), static=fake)
@@ -127,29 +119,26 @@ class BatchAxisError(Exception):
     """The first axis of the outputs does not count the examples; another way to run the model may show it."""
 
 
-def lonely(domain: Domain, mode: Discover) -> str:
-    """Names the sites whose output has no axis of examples."""
-    names = [
-        f"parameter {domain.names[region.leaf]!r} in call {site.ordinal}, {site.call}"
-        for site in mode.sites
-        if site.expanded
-        for region in site.layers[0].regions
-    ]
-    return f"{', '.join(names)}: the output has no axis that counts examples"
+def check_outputs(outputs: Any, examples: Examples) -> None:
+    """A model returns one tensor, whose first axis counts the examples."""
+    if not isinstance(outputs, Tensor):
+        raise CaptureError(f"model_fn must return one tensor [N, ...], not a {type(outputs).__name__}")
+    if outputs.ndim == 0 or outputs.shape[0] != examples.number:
+        raise BatchAxisError(
+            f"model_fn must return outputs whose first axis counts the examples of the inputs, got the shape "
+            f"{tuple(outputs.shape)} for {examples.number} examples"
+        )
 
 
-def run(
-    model_fn: ModelFn,
-    domain: Domain,
-    leaves: list[Tensor],
-    batch: tuple[Any, int],
-    examples: Examples,
-    expanded: frozenset[int],
-    *,
-    fake: bool,
-) -> tuple[Discover, Any]:
-    """Runs the model under `Discover`, on fake tensors or on copies of the parameters."""
+def named(domain: Domain, site: Site) -> str:
+    """The parameters that a site uses, for messages."""
+    return parameters(domain, dict.fromkeys(region.leaf for layer in site.layers for region in layer.regions))
+
+
+def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, int], *, fake: bool) -> Any:
+    """Runs the model under `Discover`, on fake inputs or on the real ones, with stand-ins for the parameters."""
     inputs, number = batch
+    domain, examples = mode.domain, mode.examples
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -161,15 +150,16 @@ def run(
 
             stand_ins = [
                 torch.empty(shape, dtype=x.dtype, device=x.device)
-                for shape, x in zip(domain.shapes, leaves, strict=True)
+                for shape, x in zip(domain.shapes, mode.originals, strict=True)
             ]
             inputs = torch_pytree.tree_map_only(Tensor, fake_input, inputs)
         else:
-            devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
+            devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
             stack.enter_context(torch.random.fork_rng(devices))
-            stand_ins = [leaf.detach().clone(memory_format=torch.contiguous_format) for leaf in leaves]
-        mode = stack.enter_context(Discover(domain, stand_ins, examples, expanded))
-        return mode, model_fn(domain.tree(stand_ins), inputs)
+            stand_ins = [leaf.detach().clone(memory_format=torch.contiguous_format) for leaf in mode.originals]
+        mode.follow(stand_ins)
+        stack.enter_context(mode)
+        return model_fn(domain.tree(stand_ins), inputs)
 
 
 @contextlib.contextmanager
@@ -177,6 +167,18 @@ def outside_transforms() -> Iterator[None]:
     """Suspends torch.func transforms and tracing: a plan depends on shapes alone."""
     with temporarily_clear_interpreter_stack(), disable_proxy_modes_tracing(), unset_fake_temporarily():
         yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch from logging errors that a fake run raises: they are caught, or raised again."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def unused_prime(shapes: list[tuple[int, ...]]) -> int:

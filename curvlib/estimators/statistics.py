@@ -18,7 +18,7 @@ from curvlib.estimators.data import Batch
 from curvlib.layers.base import KroneckerLayer
 from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import may_look_at
-from curvlib.linalg.gram import gram, writes_in_place
+from curvlib.linalg.gram import full_precision, gram, writes_in_place
 from curvlib.losses import Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
 from curvlib.pytree import Domain, Tree
@@ -100,11 +100,6 @@ def add(a: BlockSums, b: BlockSums) -> BlockSums:
     assert isinstance(a, tuple)
     assert isinstance(b, tuple)
     return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """Half precision becomes float32: factors are accumulated in it."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def measure(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.linalg.gram import augmented_gram, gram
+from curvlib.linalg.gram import augmented_gram, full_precision, gram
 from curvlib.operators.layout import Layout, Region
 
 Arguments = Mapping[str, Any]
@@ -139,7 +139,7 @@ def second_moment(rows: Tensor, weights: Tensor | None, max_dense: int, *, augme
     width = rows.shape[-1] + augmented
     if width <= max_dense:
         return augmented_gram(rows, weights=weights) if augmented else gram(rows, weights=weights)
-    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    rows = full_precision(rows)
     squares = rows.square() if weights is None else rows.square() * weights.unsqueeze(-1)
     diagonal = squares.sum(-2)
     if not augmented:

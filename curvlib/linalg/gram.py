@@ -63,10 +63,14 @@ def augmented_gram(rows: Tensor, *, weights: Tensor | None = None) -> Tensor:
     return result
 
 
+def full_precision(tensor: Tensor) -> Tensor:
+    """Half precision becomes float32, in which sums are accumulated; other dtypes stay as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def weighted_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The rows in full precision, and the rows times their weights."""
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
+    rows = full_precision(rows)
     return rows, rows if weights is None else rows * weights.unsqueeze(-1)
 
 

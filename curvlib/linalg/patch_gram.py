@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvlib.linalg.difference_gram import difference_gram
-from curvlib.linalg.gram import bordered, gram
+from curvlib.linalg.gram import bordered, full_precision, gram
 
 
 def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
@@ -54,8 +54,7 @@ def patch_gram(
     if len(kernel) == 1:
         flat = ((1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
         return patch_gram(x.unsqueeze(2), *flat, counted=counted, augmented=augmented)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
+    x = full_precision(x)
     if counted is not None:
         x = torch.where(counted.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
     widths = [p for p in reversed(padding) for _ in range(2)]

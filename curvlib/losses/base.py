@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, DeviceError, DtypeError, EmptyBatchError, TargetError
+from curvlib.linalg.gram import full_precision
 
 REDUCTIONS = ("mean", "sum")
 
@@ -196,11 +197,6 @@ class Loss(abc.ABC):
     def _name(self) -> str:
         """What messages call the loss."""
         return type(self).__name__
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """Half precision becomes float32; other dtypes stay as they are."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def check_reduction(reduction: str) -> None:
