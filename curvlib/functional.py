@@ -38,9 +38,12 @@ def functional(module: nn.Module) -> tuple[Callable[[dict[str, Tensor], Any], An
         raise PytreeError("no parameter of the module requires a gradient: nothing is left to take curvature in")
 
     def model_fn(params: dict[str, Tensor], inputs: Any) -> Any:
-        buffers = dict(module.named_buffers())
-        if any(part.training for part in module.modules()):
-            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        buffers = {
+            f"{prefix}.{name}" if prefix else name: buffer.clone()
+            for prefix, part in module.named_modules()
+            if part.training
+            for name, buffer in part.named_buffers(recurse=False)
+        }
         return torch.func.functional_call(module, {**buffers, **params}, (inputs,))
 
     return model_fn, params

@@ -120,7 +120,7 @@ class Problem:
 
 def randomized(params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Normal numbers of the same shapes, scaled by 1 / sqrt(fan in)."""
-    scale = {name: 1 / math.sqrt(max(1, leaf[0].numel())) for name, leaf in params.items()}
+    scale = {name: 1 / math.sqrt(max(1, leaf[0].numel() if leaf.ndim else 1)) for name, leaf in params.items()}
     return {name: scale[name] * normal(seed + i, *leaf.shape) for i, (name, leaf) in enumerate(params.items())}
 
 

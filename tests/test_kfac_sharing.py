@@ -258,3 +258,14 @@ def test_the_input_factor_of_an_embedding_is_the_diagonal_of_token_frequencies()
     side = case.kfac(sharing="expand").blocks["0.weight"].right
     assert isinstance(side, cv.Diagonal)
     torch.testing.assert_close(side.values, words.flatten().bincount(minlength=5).double() / 12)
+
+
+@both_reductions
+@pytest.mark.parametrize("kind", ["mse", "ignored"])
+def test_forward_only_has_the_scale_of_the_reduction_at_every_position(kind: str, reduction: str) -> None:
+    case = problem(nn.Sequential(nn.Linear(3, 2)), normal(4, 4, 3, 3), kind, reduction)
+    case.params["0.weight"], case.params["0.bias"] = torch.zeros(2, 3).double(), torch.zeros(2).double()
+    curv = case.kfac(fisher="forward-only").to_dense()
+    exact = case.kfac(fisher="type-2").to_dense()
+    ratio = {"mse": {"mean": 1.0, "sum": 2.0}, "ignored": {"mean": 0.25, "sum": 0.25}}[kind][reduction]
+    torch.testing.assert_close(exact.trace(), ratio * curv.trace(), rtol=1e-12, atol=0)

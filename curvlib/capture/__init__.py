@@ -1,6 +1,6 @@
 """Capture: which call uses which parameter, and what flows through it."""
 
-from curvlib.capture.execute import execute
+from curvlib.capture.engines import execute
 from curvlib.capture.plan import Plan, Site
 from curvlib.capture.planning import plan
 

@@ -58,13 +58,40 @@ class Examples:
         return tuple((n // self.number, True) if i == axis else (n, False) for i, n in enumerate(tensor.shape))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Alias:
-    """A storage that holds elements of a leaf: element k of it is element k + shift of the leaf."""
+    """A storage that holds elements of a leaf, and where in the leaf its elements lie.
+
+    Attributes:
+        leaf: number of the leaf.
+        root: the tensor that was made with the storage, and keeps it alive so that its address stays unique.
+        offset: the place in the leaf of the root's first element.
+        strides: the leaf's steps along the root's axes; None if they are the root's own.
+    """
 
     leaf: int
-    shift: int
-    root: Tensor  # keeps the storage alive, so that its address stays unique
+    root: Tensor
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    def place(self, view: Tensor) -> tuple[int, tuple[int, ...]] | None:
+        """Offset and strides in the leaf of a view of the storage, or None if its axes mix those of the root."""
+        start = int(view.storage_offset()) - int(self.root.storage_offset())
+        if self.strides is None:
+            return self.offset + start, tuple(map(int, view.stride()))
+        axes = [axis for axis in zip(self.root.stride(), self.root.shape, self.strides, strict=True) if axis[1] > 1]
+        position = {step: start // step % size for step, size, _ in axes}
+        strides = []
+        for size, stride in zip(view.shape, view.stride(), strict=True):
+            fitting = [
+                leaf_step * (stride // step)
+                for step, length, leaf_step in axes
+                if stride % step == 0 and position[step] + (size - 1) * (stride // step) < length
+            ]
+            if size > 1 and not fitting:
+                return None
+            strides.append(fitting[0] if size > 1 else 0)
+        return self.offset + sum(position[step] * leaf_step for step, _, leaf_step in axes), tuple(strides)
 
 
 @dataclasses.dataclass
@@ -105,7 +132,7 @@ class Discover(TorchFunctionMode):
 
     def follow(self, stand_ins: list[Tensor]) -> None:
         """Makes the contiguous tensors known that stand for the parameters in this run."""
-        self.aliases = {storage(leaf): Alias(i, 0, leaf) for i, leaf in enumerate(stand_ins)}
+        self.aliases = {storage(leaf): Alias(i, leaf, 0) for i, leaf in enumerate(stand_ins)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,16 +181,19 @@ class Discover(TorchFunctionMode):
         alias = self.alias(value)
         if alias is None:
             return None
-        shape = self.domain.shapes[alias.leaf]
-        return Region.strided(alias.leaf, shape, value.storage_offset() + alias.shift, value.shape, value.stride())
+        place = alias.place(value)
+        if place is None:
+            raise CaptureError(f"a copy of {parameters(self.domain, [alias.leaf])} is reshaped; reshape before copying")
+        return Region.strided(alias.leaf, self.domain.shapes[alias.leaf], place[0], value.shape, place[1])
 
     def follow_copy(self, source: Tensor, copy: Tensor) -> bool:
-        """A copy with the strides of its source holds the same elements in the same order."""
+        """A copy holds the same elements as its source, and may have them in another order."""
         alias = self.alias(source)
-        if alias is None or steps(source) != steps(copy):
+        place = None if alias is None else alias.place(source)
+        if alias is None or place is None:
             return False
-        shift = alias.shift + int(source.storage_offset()) - int(copy.storage_offset())
-        self.aliases[storage(copy)] = Alias(alias.leaf, shift, copy)
+        strides = None if place[1] == tuple(map(int, copy.stride())) else place[1]
+        self.aliases[storage(copy)] = Alias(alias.leaf, copy, place[0], strides)
         return True
 
     def match(self, entry: Entry, result: Tensor, args: Any, kwargs: Any, used: set[int]) -> Tensor:
@@ -192,10 +222,16 @@ class Discover(TorchFunctionMode):
         return result
 
     def check_expanded(self, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
-        """An axis of examples that a site was given must not be summed away: the sum would be another one."""
-        reads = any(storage(operand) in self.expanded for operand in operands)
-        if reads and all(self.examples.axis(output) is None for output in outputs):
-            raise ExpansionError(f"{getattr(func, '__name__', str(func))!r} takes the axis of examples away again")
+        """An axis of examples that a site was given must stay one axis: not be summed away, nor meet another one."""
+        if not any(storage(operand) in self.expanded for operand in operands):
+            return
+        name = getattr(func, "__name__", str(func))
+        if all(self.examples.axis(output) is None for output in outputs):
+            raise ExpansionError(f"{name!r} takes the axis of examples away again")
+        if self.examples.marked and any(
+            sum(n > 0 and n % self.examples.number == 0 for n in output.shape) > 1 for output in outputs
+        ):
+            raise ExpansionError(f"{name!r} combines it with another axis of examples")
 
     def is_bias_of(self, product: Product, site: Site) -> bool:
         """Whether a site adds one number an output feature to a linear layer's output."""
@@ -239,11 +275,6 @@ def storage(tensor: Tensor) -> int:
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among a call's arguments or results."""
     return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def steps(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) along the axes that have more than one entry."""
-    return [(n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
 
 
 def expand_examples(output: Tensor, examples: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch.utils._pytree as torch_pytree
 
 from curvlib.capture import Plan
 from curvlib.capture import plan as make_plan
-from curvlib.capture.execute import ModelFn
+from curvlib.capture.engines import ModelFn
 from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.statistics import Options, Statistics, assemble, measure
 from curvlib.losses import CrossEntropy, Loss
@@ -55,7 +55,7 @@ def kfac(
         fisher: which vectors are backpropagated. ``type-2``: columns of the square root of the loss's Hessian, which
             is exact but takes one vector for each output element of an example; ``mc``: gradients at ``mc_samples``
             targets drawn from the model's likelihood; ``empirical``: the gradient at the given targets;
-            ``forward-only``: none, G = I (times N for a sum).
+            ``forward-only``: none, G = I (for a sum, times the number of loss terms).
         sharing: how positions that share a weight (tokens, pixels) count: ``expand``: each as an example; ``reduce``:
             the mean of an example's inputs and the sum of its gradients.
         mc_samples: draws an example for ``mc``.

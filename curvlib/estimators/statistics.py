@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlib.capture import Plan, execute
 from curvlib.capture.discover import tensors_in
-from curvlib.capture.execute import ModelFn, Pullback, examples_in
+from curvlib.capture.engines import ModelFn, Pullback, examples_in
 from curvlib.capture.plan import Block, Placement
 from curvlib.errors import ArgumentError, CaptureError, NonFiniteError, naming
 from curvlib.estimators.data import Batch
@@ -131,13 +131,14 @@ def measure(
     collector = Collector(plan, run, options, examples)
     if options.fisher != "forward-only":
         run.pull(vectors(run, targets, options, generator), collector.consume)
-    normalizer = loss.normalizer(run.outputs.detach(), targets)
+    count = loss.positions if options.fisher == "forward-only" else loss.normalizer
+    normalizer = count(run.outputs, targets)
     return Statistics(plan.blocks, tuple(map(collector.sums, plan.blocks)), normalizer, examples)
 
 
 def vectors(run: Pullback, targets: Any, options: Options, generator: torch.Generator | None) -> Iterator[Tensor]:
     """The backpropagated vectors, in stacks that the engine can hold: [K, *outputs.shape]."""
-    loss, outputs = options.loss, run.outputs.detach()
+    loss, outputs = options.loss, run.outputs
     if options.fisher == "empirical":
         yield loss.gradient(outputs, targets).unsqueeze(0)
     elif options.fisher == "mc":
@@ -192,11 +193,8 @@ class Collector:
         if block.kronecker:
             return tuple(self.factor_sums(placement) for placement in block.placements)
         if self.options.fisher == "forward-only":
-            leaves: dict[int, Tensor] = {}
-            for placement in block.placements:
-                for leaf, squares in self.run.kept[placement.site][placement.layer].items():
-                    leaves[leaf] = leaves.get(leaf, 0) + squares.sum((0, 1))
-            return block.layout.gather(leaves)
+            return self.forward_only(block)
+        leaves: dict[int, Tensor]
         stacks = [self.gradients[p] for p in block.placements if p in self.gradients]
         for parts in zip(*stacks, strict=True):  # the uses of one leaf add up before they are squared
             leaves = {}
@@ -208,6 +206,18 @@ class Collector:
             return self.squares[block.name]
         dense = is_dense(block, self.options)
         return self.run.outputs.new_zeros((block.layout.numel,) * (2 if dense else 1))
+
+    def forward_only(self, block: Block) -> Tensor:
+        """The sums of an elementwise block with G = I: over examples, of means over positions."""
+        leaves: dict[int, Tensor] = {}
+        for placement in block.placements:
+            site = self.plan.sites[placement.site]
+            layer = site.layers[placement.layer]
+            assert isinstance(layer, Elementwise)
+            positions = layer.positions(site.output_shape(self.examples), self.examples)
+            for leaf, total in self.run.kept[placement.site][placement.layer].items():
+                leaves[leaf] = leaves[leaf] + total / positions if leaf in leaves else total / positions
+        return block.layout.gather(leaves)
 
     def factor_sums(self, placement: Placement) -> FactorSums:
         """The sums of one use of a weight."""
@@ -231,8 +241,12 @@ def is_dense(block: Block, options: Options) -> bool:
 
 def assemble(statistics: Statistics, domain: Domain, options: Options) -> BlockDiagonal:
     """Normalizes the sums to factors and makes the operator."""
-    if options.loss.reduction == "sum":
-        statistics = dataclasses.replace(statistics, normalizer=torch.ones_like(statistics.normalizer))
+    one = torch.ones_like(statistics.normalizer)
+    if options.fisher == "forward-only":  # G = I for a mean; a sum is as many means as there are positions
+        normalizer = one if options.loss.reduction == "mean" else 1 / statistics.normalizer
+    else:
+        normalizer = one if options.loss.reduction == "sum" else statistics.normalizer
+    statistics = dataclasses.replace(statistics, normalizer=normalizer)
     blocks: dict[str, Operator] = {}
     for block, sums in zip(statistics.blocks, statistics.sums, strict=True):
         with naming(block.name):
@@ -245,10 +259,9 @@ def assemble(statistics: Statistics, domain: Domain, options: Options) -> BlockD
 def make_block(block: Block, sums: BlockSums, statistics: Statistics, options: Options) -> Operator:
     """One block of the curvature of the reduced objective."""
     if isinstance(sums, Tensor):
+        scale = 1 / statistics.normalizer
         if options.fisher == "forward-only":
-            scale: float | Tensor = 1 if options.loss.reduction == "sum" else 1 / statistics.examples
-        else:
-            scale = 1 / statistics.normalizer
+            scale = scale / statistics.examples
         return Dense(sums * scale) if is_dense(block, options) else Diagonal(sums * scale)
     if options.tied == "merge" and len(sums) > 1:
         if any(placement.transposed for placement in block.placements):
@@ -285,8 +298,8 @@ def output_side(
     *groups, rows, columns = block.layout.shape
     if use.outputs is not None:
         return side(divide(use.outputs, statistics.normalizer), len(groups))
-    scale = statistics.examples if options.loss.reduction == "sum" else 1
-    return ScaledIdentity(use.inputs.new_full((), scale), (columns if placement.transposed else rows,))
+    scale = (1 / statistics.normalizer).to(use.inputs.dtype)
+    return ScaledIdentity(scale, (columns if placement.transposed else rows,))
 
 
 def check_finite(block: Operator) -> None:

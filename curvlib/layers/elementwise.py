@@ -6,11 +6,14 @@ The gradient of one example is formed and squared (or its outer product taken): 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from curvlib.layers.base import Axes, Layer
+from curvlib.linalg.gram import full_precision
 from curvlib.operators.layout import Region
 
 
@@ -55,15 +58,20 @@ class Elementwise(Layer):
         return result
 
     def forward_only(self, x: Tensor | None, z: Tensor, examples: int) -> dict[int, Tensor]:
-        """Mean over positions of (dy/dw)^2, example by example: {leaf number: [1, N, *leaf.shape]}."""
-        rows = self.axes.rows(torch.ones_like(z), examples)  # [N, T, d]
-        result: dict[int, Tensor] = {}
+        """Sums of (dy/dw)^2 over all N T rows: {leaf number: [*leaf.shape]}."""
+        sums: dict[int, Tensor] = {}
+
+        def collect(region: Region, derivative: Tensor) -> None:
+            leaf = region.scatter(self.axes.rows(derivative, examples).square().sum((0, 1)))
+            sums[region.leaf] = sums[region.leaf] + leaf if region.leaf in sums else leaf
+
         if self.scale is not None:
             assert x is not None
-            inputs = self.axes.rows(x.expand(z.shape), examples)
-            result[self.scale.leaf] = self.scale.scatter(inputs.square().mean(1).unsqueeze(0))
+            collect(self.scale, x.expand(z.shape))
         if self.shift is not None:
-            ones = self.shift.scatter(rows.mean(1).unsqueeze(0))
-            leaf = self.shift.leaf
-            result[leaf] = result[leaf] + ones if leaf in result else ones
-        return result
+            collect(self.shift, torch.ones_like(z, dtype=full_precision(z).dtype))
+        return sums
+
+    def positions(self, shape: Sequence[int], examples: int) -> float:
+        """T, the rows an example of an output of this shape."""
+        return math.prod(n for axis, n in enumerate(shape) if axis not in self.axes.features) / examples

@@ -87,6 +87,10 @@ class Loss(abc.ABC):
         return outputs.new_ones(()) if self.reduction == "sum" else self._count(outputs, targets)
 
     @abc.abstractmethod
+    def positions(self, outputs: Tensor, targets: Any) -> Tensor:
+        """How many positions count, over all examples: with G = I, a sum over terms is that many means; 0-d."""
+
+    @abc.abstractmethod
     def mask(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """Which positions count: bool [N, *positions], or None where all do."""
 

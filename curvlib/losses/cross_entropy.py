@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvlib.errors import ArgumentError, TargetError
 from curvlib.linalg.eager import is_eager
+from curvlib.linalg.gram import full_precision
 from curvlib.losses.base import Loss, check_reduction
 
 INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -67,6 +68,9 @@ class CrossEntropy(Loss):
         """Where the target is not ``ignore_index``: bool [N, *positions]; None for class probabilities."""
         # as int64, since comparing a narrow dtype with a number outside its range wraps around
         return None if targets.dtype.is_floating_point else targets.long() != self.ignore_index
+
+    def positions(self, outputs: Tensor, targets: Any) -> Tensor:
+        return self._count(full_precision(outputs), targets)
 
     # --- checks -------------------------------------------------------------------------------------------------
 

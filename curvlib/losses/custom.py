@@ -13,6 +13,7 @@ from torch import Tensor
 from curvlib.errors import ArgumentError, SingularError, TargetError
 from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import eigh
+from curvlib.linalg.gram import full_precision
 from curvlib.losses.base import Loss, check_reduction
 
 
@@ -67,6 +68,9 @@ class CustomLoss(Loss):
 
     def _terms(self, outputs: Tensor, targets: Any) -> Tensor:
         return self._each(self._term, outputs, targets)
+
+    def positions(self, outputs: Tensor, targets: Any) -> Tensor:
+        return self._count(full_precision(outputs), targets)
 
     def _count(self, outputs: Tensor, targets: Any) -> Tensor:
         return outputs.new_full((), outputs.shape[0])

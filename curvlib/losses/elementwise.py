@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from curvlib.linalg.gram import full_precision
 from curvlib.losses.base import Loss, check_like_outputs, check_reduction
 
 
@@ -79,6 +80,9 @@ class MSE(ElementwiseLoss):
     def _elements(self, outputs: Tensor, targets: Any) -> Tensor:
         return _residual(outputs, targets).square()
 
+    def positions(self, outputs: Tensor, targets: Any) -> Tensor:
+        return full_precision(outputs).new_full((), outputs.numel() // math.prod(outputs.shape[1:][-1:]))
+
     def _count(self, outputs: Tensor, targets: Any) -> Tensor:
         return outputs.new_full((), outputs.numel())
 
@@ -128,6 +132,9 @@ class BernoulliLogits(ElementwiseLoss):
 
     def _elements(self, outputs: Tensor, targets: Any) -> Tensor:
         return functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+
+    def positions(self, outputs: Tensor, targets: Any) -> Tensor:
+        return full_precision(outputs).new_full((), outputs.numel() // math.prod(outputs.shape[1:][-1:]))
 
     def _count(self, outputs: Tensor, targets: Any) -> Tensor:
         return outputs.new_full((), outputs.numel())
@@ -182,6 +189,9 @@ class Identity(ElementwiseLoss):
 
     def _elements(self, outputs: Tensor, targets: Any) -> Tensor:
         return 0.5 * self._gradient(outputs, targets).square()
+
+    def positions(self, outputs: Tensor, targets: Any) -> Tensor:
+        return self._count(full_precision(outputs), targets)
 
     def _count(self, outputs: Tensor, targets: Any) -> Tensor:
         return outputs.new_full((), outputs.shape[0])

@@ -79,7 +79,7 @@ class Kronecker(MatrixBlock):
         *front, m, n = self.shape
         left = self.left.matrices().expand(*front, m, m).reshape(-1, m, m)
         right = self.right.matrices().expand(*front, n, n).reshape(-1, n, n)
-        return torch.block_diag(*(torch.kron(g, a) for g, a in zip(left, right, strict=True)))
+        return torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(left, right, strict=True)))
 
     def diag(self) -> Tensor:
         return self.left.diagonals().unsqueeze(-1) * self.right.diagonals().unsqueeze(-2)

@@ -157,25 +157,25 @@ class Region:
     def read(self, leaf: Tensor) -> Tensor:
         """The selected elements of a leaf, or of leaves stacked along leading axes: [*, *shape]."""
         front = leaf.shape[: leaf.ndim - len(self.leaf_shape)]
-        view = leaf.reshape(*front, *self.radix)
+        view = leaf.reshape((*front, *self.radix))
         for axis, (start, length, whole) in enumerate(zip(self.starts, self.lengths, self.radix, strict=True)):
             if length != whole:
                 view = view.narrow(len(front) + axis, start, length)
-        view = view.permute(*range(len(front)), *(len(front) + k for k in self.order))
-        return view.reshape(*front, *self.shape)
+        view = view.permute((*range(len(front)), *(len(front) + k for k in self.order)))
+        return view.reshape((*front, *self.shape))
 
     def scatter(self, values: Tensor) -> Tensor:
         """The transpose of `read`: a leaf with these elements set and zeros elsewhere."""
         front = values.shape[: values.ndim - len(self.shape)]
-        values = values.reshape(*front, *(self.lengths[k] for k in self.order))
+        values = values.reshape((*front, *(self.lengths[k] for k in self.order)))
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        values = values.permute(*range(len(front)), *(len(front) + k for k in inverse))
+        values = values.permute((*range(len(front)), *(len(front) + k for k in inverse)))
         if not self.is_whole:
             padding: list[int] = []
             for start, length, whole in zip(self.starts, self.lengths, self.radix, strict=True):
                 padding = [start, whole - start - length, *padding]
             values = torch.nn.functional.pad(values, padding)
-        return values.reshape(*front, *self.leaf_shape)
+        return values.reshape((*front, *self.leaf_shape))
 
 
 @dataclasses.dataclass(frozen=True)

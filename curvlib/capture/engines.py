@@ -67,6 +67,13 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
     """
     if engine is None:
         engine = "autograd" if is_eager() else "functional"
+    if is_eager():  # under a transform gradients may be wanted; else nothing must refer to the caller's graph
+        params = plan.domain.tree([leaf.detach() for leaf in flatten(params)[0]])
+        inputs = torch_pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+    elif engine == "autograd":
+        raise ArgumentError(
+            "engine='autograd' does not compose with torch.func transforms and tracing; use engine='functional'"
+        )
     if engine == "autograd":
         return AutogradPullback(plan, model_fn, params, inputs, record)
     if engine == "functional":
@@ -230,8 +237,6 @@ class AutogradPullback:
         self.width = stack_width(plan, self.examples)
         leaves, _ = flatten(params)
         devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-        params = plan.domain.tree([leaf.detach() for leaf in leaves])
-        inputs = torch_pytree.tree_map_only(Tensor, Tensor.detach, inputs)
         with torch.enable_grad(), torch.random.fork_rng(devices):
             self._root = torch.zeros((), device=leaves[0].device, requires_grad=True)
             try:
@@ -267,8 +272,9 @@ class AutogradPullback:
             return output
 
         with Replay(self.plan, visit) as replay:
-            self.outputs = model_fn(params, inputs)
+            self._attached = model_fn(params, inputs)
         check_count(self.plan, replay)
+        self.outputs = self._attached.detach()
 
     @property
     def kept(self) -> list[Any]:
@@ -277,7 +283,7 @@ class AutogradPullback:
 
     def pull(self, parts: Iterable[Tensor], consume: Consume) -> None:
         """Pulls vectors back to all sites; the graph is released with the last of them."""
-        if not self.outputs.requires_grad:
+        if not self._attached.requires_grad:
             return
         remaining = iter(parts)
         part = next(remaining, None)
@@ -289,12 +295,12 @@ class AutogradPullback:
     def _pull(self, part: Tensor, consume: Consume, *, retain: bool) -> None:
         if len(part) == 1:
             self._stream.consume = consume
-            torch.autograd.grad(self.outputs, [self._root], part[0], retain_graph=retain, allow_unused=True)
+            torch.autograd.grad(self._attached, [self._root], part[0], retain_graph=retain, allow_unused=True)
             self._stream.consume = None
             return
         edges = list(self._edges.values())
         gradients = torch.autograd.grad(
-            self.outputs, edges, part, retain_graph=retain, allow_unused=True, is_grads_batched=True
+            self._attached, edges, part, retain_graph=retain, allow_unused=True, is_grads_batched=True
         )
         self._stream.consume = consume
         for number, g in zip(self._edges, gradients, strict=True):
