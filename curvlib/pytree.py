@@ -175,9 +175,17 @@ class Domain:
                 [f"{name!r} is missing" for name in missing[:3]] + [f"{name!r} is unexpected" for name in extra[:3]]
             )
             raise PytreeError(
-                f"the vector does not have the structure of params: {what or f'{structure} is not {self.structure}'}"
+                f"the vector, a {type(tree).__name__}, does not have the structure of params: "
+                f"{what or f'{structure} is not {self.structure}'}"
             )
         for name, leaf, shape in zip(self.names, leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise PytreeError(f"leaf {name!r} is a {type(leaf).__name__}, not a tensor")
+            if leaf.shape[:leading] != leaves[0].shape[:leading]:
+                raise ShapeError(
+                    f"leaf {name!r} stacks {tuple(leaf.shape[:leading])} vectors where leaf {self.names[0]!r} stacks "
+                    f"{tuple(leaves[0].shape[:leading])}"
+                )
             if tuple(leaf.shape[leading:]) != shape or leaf.ndim < leading:
                 front = "[k] + " if leading else ""
                 raise ShapeError(f"leaf {name!r} should have shape {front}{shape}, got {tuple(leaf.shape)}")

@@ -90,8 +90,6 @@ def kfac(
     """
     options = Options(loss, fisher, sharing, mc_samples, elementwise, tied, max_dense, engine)
     domain = Domain.of(params)
-    if generator is None and fisher == "mc":
-        generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
     plans: dict[object, Plan] = {}
     total: Statistics | None = None
     for inputs, targets in batches(batch):
@@ -101,6 +99,8 @@ def kfac(
             known = make_plan(model_fn, params, inputs)
             if known.static:
                 plans[key] = known
+        if generator is None and fisher == "mc":
+            generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
         statistics = measure(known, model_fn, params, (inputs, targets), options, generator)
         total = statistics if total is None else total + statistics
     assert total is not None
