@@ -85,8 +85,8 @@ def naming(block: str) -> Iterator[None]:
     try:
         yield
     except CurvlibError as error:
-        if getattr(error, "block", None) is not None:
-            raise
-        named = type(error)(f"block {block!r}: {error}")
-        named.block = block  # type: ignore[attr-defined]
+        inner = getattr(error, "unnamed", None)  # the outermost name is the one the caller knows
+        message = str(error) if inner is None else inner
+        named = type(error)(f"block {block!r}: {message}")
+        named.unnamed = message  # type: ignore[attr-defined]
         raise named from error

@@ -95,7 +95,7 @@ def test_names_are_paths_joined_by_dots() -> None:
     assert pytree.names({"layer": [one, {"w": one}]}) == ("layer.0", "layer.1.w")
     assert pytree.names(one) == ("params",)
     assert pytree.names({"a.b": one, "c": one}) == ("a.b", "c")
-    assert pytree.names(Pair(one, one)) == ("first", "second")
+    assert pytree.names(Pair(one, [one])) == ("0", "1.0")
 
 
 def test_names_that_dots_would_confuse_stay_apart() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from curvlib.errors import ArgumentError, SingularError
+from curvlib.errors import ArgumentError, PytreeError, SingularError
 from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import tolerance
 from curvlib.operators.damping import Damping, as_damping
@@ -168,6 +168,14 @@ class Operator(ABC):
     def __add__(self, other: Operator) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
+        if self.shapes != other.shapes:
+            one, two = (dict(zip(x.parameters, x.shapes, strict=True)) for x in (self, other))
+            unequal = [
+                f"{name!r} ({one.get(name)} and {two.get(name)})"
+                for name in sorted(one.keys() | two.keys())
+                if one.get(name) != two.get(name)
+            ]
+            raise PytreeError(f"the operators to be added act on different vectors: {', '.join(unequal)}")
         total = self.plus(other)
         total = total if total is not None else other.plus(self)
         if total is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from curvlib.errors import PytreeError, naming
+from curvlib.errors import naming
 from curvlib.operators.base import Operator
 from curvlib.operators.damping import Damping, as_damping
 from curvlib.operators.layout import Layout
@@ -128,11 +128,6 @@ class BlockDiagonal(Operator):
         return self.map_blocks(lambda block: block.scaled(factor))
 
     def plus(self, other: Operator) -> Operator | None:
-        if isinstance(other, BlockDiagonal) and self.domain != other.domain:
-            one, two = (dict(zip(d.names, d.shapes, strict=True)) for d in (self.domain, other.domain))
-            differing = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
-            what = ", ".join(map(repr, differing)) if differing else "the containers"
-            raise PytreeError(f"the curvatures to be added are of different parameters: {what} differ")
         if not isinstance(other, BlockDiagonal) or (self.layouts, self.domain) != (other.layouts, other.domain):
             return None
         sums = {name: block + other.operators[name] for name, _, block in self.items()}

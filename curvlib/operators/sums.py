@@ -154,8 +154,8 @@ def merged(total: Sum) -> Operator:
     others = [term for term in total.terms if not isinstance(term, Kronecker)]
     if not products:
         return others[0]
-    left = torch.stack([term.left.matrices() for term in products]).sum(0)
-    right = torch.stack([term.right.matrices() for term in products]).mean(0)
+    left = torch.stack(torch.broadcast_tensors(*(term.left.matrices() for term in products))).sum(0)
+    right = torch.stack(torch.broadcast_tensors(*(term.right.matrices() for term in products))).mean(0)
     result: Operator = Kronecker(Dense(left), Dense(right))
     for other in others:
         if isinstance(other, ScaledIdentity):

@@ -1,0 +1,326 @@
+"""Random operators of every class, each with a dense twin that is made without curvlib, for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import optree
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from curvlib.operators import (
+    Basis,
+    BlockDiagonal,
+    CanonicalBasis,
+    Damping,
+    Dense,
+    Diagonal,
+    Eigen,
+    EigenKronecker,
+    FactoredTikhonov,
+    Kronecker,
+    Matrix,
+    Operator,
+    OrthogonalBasis,
+    RelativeTikhonov,
+    ScaledIdentity,
+    SolvedInverse,
+    Sum,
+    Tikhonov,
+)
+from curvlib.pytree import Domain
+from tests.operators.domain_cases import DomainCase, domains, layouts, tree
+
+Draw = Callable[[st.SearchStrategy], object]
+Sides = tuple[tuple[Tensor, Tensor], ...]  # (G, A) of each group
+
+moderately = settings(deadline=None, max_examples=8)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A diagonal block of the dense twin: its rows, and the factors of each group if it is a Kronecker product."""
+
+    rows: Tensor
+    sides: Sides | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, its dense twin in the order of its flattened vectors, and what its damping depends on."""
+
+    operator: Operator
+    dense: Tensor
+    parts: tuple[Part, ...]
+    like: object  # a vector of the domain
+    tolerance: float = 1e-10  # of products with the operator itself
+
+    def vector(self, seed: int = 0, stacked: int | None = None) -> object:
+        """A random vector of the domain, or several."""
+        front = () if stacked is None else (stacked,)
+        return tree(torch.randn(*front, len(self.dense), generator=generator(seed), dtype=torch.float64), self.like)
+
+    def damped(self, damping: Damping | float) -> Tensor:
+        """The dense twin plus damping, by the formulas."""
+        identity = torch.eye(len(self.dense), dtype=torch.float64)
+        if not isinstance(damping, (FactoredTikhonov, RelativeTikhonov)):
+            return self.dense + (damping.strength if isinstance(damping, Tikhonov) else damping) * identity
+        relative = isinstance(damping, RelativeTikhonov) or damping.relative
+        result = self.dense.clone()
+        for part in self.parts:
+            block = self.dense[part.rows[:, None], part.rows]
+            if part.sides is not None and isinstance(damping, FactoredTikhonov):
+                damped = [factored(g, a, damping.strength, relative=relative) for g, a in part.sides]
+                result[part.rows[:, None], part.rows] = torch.block_diag(*damped)
+                continue
+            shift = damping.strength * (block.trace() / len(block) if relative else 1.0)
+            result[part.rows, part.rows] += shift
+        return result
+
+
+def factored(g: Tensor, a: Tensor, d: float, *, relative: bool) -> Tensor:
+    """(G + sqrt(d) / pi I) (x) (A + pi sqrt(d) I)."""
+    mean_g, mean_a = g.trace() / len(g), a.trace() / len(a)
+    pi = (mean_a / mean_g) ** 0.5
+    root = (d * mean_g * mean_a) ** 0.5 if relative else d**0.5
+    eye = torch.eye(len(g), dtype=g.dtype), torch.eye(len(a), dtype=a.dtype)
+    return torch.kron(g + root / pi * eye[0], a + pi * root * eye[1])
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Well-conditioned random numbers from one generator."""
+
+    source: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.source, dtype=torch.float64)
+
+    def positive(self, *shape: int) -> Tensor:
+        return 0.3 + 1.7 * torch.rand(*shape, generator=self.source, dtype=torch.float64)
+
+    def orthogonal(self, *shape: int) -> Tensor:
+        return torch.linalg.qr(self.normal(*shape, shape[-1]))[0]
+
+    def definite(self, *shape: int) -> Tensor:
+        x = self.normal(*shape, shape[-1] + 1)
+        return x @ x.mT / shape[-1] + 0.3 * torch.eye(shape[-1], dtype=torch.float64)
+
+
+def conjugated(q: Tensor, values: Tensor) -> Tensor:
+    return torch.einsum("...ik,...k,...jk->...ij", q, values, q)
+
+
+# --- one block a tensor -------------------------------------------------------------------------------------------
+
+
+def side(kind: str, shape: tuple[int, ...], random: Random) -> tuple[Matrix, Tensor]:
+    """A matrix operator on vectors [*, d] and its matrices [*, d, d]."""
+    width = shape[-1]
+    identity = torch.eye(width, dtype=torch.float64).expand(*shape, width)
+    match kind:
+        case "dense":
+            matrix = random.definite(*shape)
+            return Dense(matrix), matrix
+        case "diagonal":
+            values = random.positive(*shape)
+            return Diagonal(values), values.unsqueeze(-1) * identity
+        case "scaled identity":
+            scale = random.positive(1)[0]
+            return ScaledIdentity(scale, shape), scale * identity
+        case "eigen":
+            values, q = random.positive(*shape), random.orthogonal(*shape)
+            return Eigen(OrthogonalBasis(q), values), conjugated(q, values)
+        case _:
+            values = random.positive(*shape)
+            return Eigen(CanonicalBasis(width), values), values.unsqueeze(-1) * identity
+
+
+FACTORS = ("dense", "diagonal", "scaled identity")
+EIGEN = ("eigen", "canonical eigen")
+Block = tuple[Operator, Tensor, Sides | None]  # operator, dense twin, factors
+
+
+def matrix_block(kind: str, shape: tuple[int, ...], random: Random) -> Block:
+    operator, matrices = side(kind, shape, random)
+    return operator, torch.block_diag(*matrices.reshape(-1, shape[-1], shape[-1])), None
+
+
+def kronecker_block(draw: Draw, shape: tuple[int, ...], random: Random, kinds: Sequence[str]) -> Block:
+    *front, m, n = shape
+    groups = torch.Size(front).numel()
+    # a side may be shared by all groups
+    fronts = draw(st.sampled_from([(front, front), ([], front), (front, [])])) if front else ([], [])
+    left, g = side(draw(st.sampled_from(kinds)), (*fronts[0], m), random)
+    right, a = side(draw(st.sampled_from(kinds)), (*fronts[1], n), random)
+    g, a = g.expand(*front, m, m).reshape(groups, m, m), a.expand(*front, n, n).reshape(groups, n, n)
+    sides = tuple(zip(g, a, strict=True))
+    return Kronecker(left, right), torch.block_diag(*(torch.kron(g, a) for g, a in sides)), sides
+
+
+def eigen_kronecker_block(draw: Draw, shape: tuple[int, ...], random: Random) -> Block:
+    *front, m, n = shape
+    bases: list[Basis] = []
+    vectors = []
+    for width in (m, n):
+        if draw(st.booleans()):
+            q = random.orthogonal(*front, width)
+            bases.append(OrthogonalBasis(q))
+        else:
+            q = torch.eye(width, dtype=torch.float64).expand(*front, width, width)
+            bases.append(CanonicalBasis(width))
+        vectors.append(q.reshape(-1, width, width).contiguous())
+    values = random.positive(*shape)
+    joint = [torch.kron(p, q) for p, q in zip(*vectors, strict=True)]
+    blocks = [conjugated(q, x) for q, x in zip(joint, values.reshape(-1, m * n), strict=True)]
+    return EigenKronecker(*bases, values), torch.block_diag(*blocks), None
+
+
+def block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: bool = False) -> Block:
+    """An operator of any class on tensors of this shape; ``mergeable``: not in eigen-form."""
+    sides = FACTORS if mergeable else FACTORS + EIGEN
+    kinds = list(sides) if len(shape) == 1 else ["diagonal", "kronecker", "kronecker", "sum"]
+    if len(shape) > 1 and not mergeable:
+        kinds.append("eigen kronecker")
+    match kind := draw(st.sampled_from(kinds)):
+        case "kronecker":
+            return kronecker_block(draw, shape, random, sides)
+        case "eigen kronecker":
+            return eigen_kronecker_block(draw, shape, random)
+        case "sum":
+            return sum_block(draw, shape, random, mergeable=mergeable)
+        case _:
+            return matrix_block(kind, shape, random)
+
+
+def sum_block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: bool = False) -> Block:
+    sides = FACTORS if mergeable else FACTORS + EIGEN
+    terms = [kronecker_block(draw, shape, random, sides) for _ in range(draw(st.integers(1, 2)))]
+    last = draw(st.sampled_from(["diagonal", "kronecker"] if mergeable else ["diagonal", "kronecker", "eigen"]))
+    match last:
+        case "diagonal":
+            terms.append(matrix_block("diagonal", shape, random))
+        case "kronecker":
+            terms.append(kronecker_block(draw, shape, random, sides))
+        case _:
+            terms.append(eigen_kronecker_block(draw, shape, random))
+    return Sum(tuple(term for term, _, _ in terms)), torch.stack([dense for _, dense, _ in terms]).sum(0), None
+
+
+def tensor_case(built: Block) -> Case:
+    operator, dense, sides = built
+    like = torch.zeros(operator.shapes[0], dtype=torch.float64)
+    return Case(operator, dense, (Part(torch.arange(len(dense)), sides),), like)
+
+
+# --- pytrees ------------------------------------------------------------------------------------------------------
+
+
+def block_diagonal(draw: Draw, domain: DomainCase, random: Random, *, mergeable: bool = False) -> Case:
+    operators, parts = {}, []
+    dense = torch.zeros(domain.size, domain.size, dtype=torch.float64)
+    laid_out = draw(layouts(domain))
+    for name, (_, numbers) in laid_out.items():
+        operators[name], matrix, sides = block(draw, tuple(numbers.shape), random, mergeable=mergeable)
+        rows = numbers.reshape(-1)
+        dense[rows[:, None], rows] = matrix
+        parts.append(Part(rows, sides))
+    pairs = tuple((name, layout) for name, (layout, _) in laid_out.items())
+    return Case(BlockDiagonal(operators, pairs, Domain.of(domain.like)), dense, tuple(parts), domain.like)
+
+
+def whole(operator: Operator, dense: Tensor, like: object, tolerance: float = 1e-10) -> Case:
+    """A case without blocks of its own."""
+    return Case(operator, dense, (Part(torch.arange(len(dense)), None),), like, tolerance)
+
+
+def solved_inverse(draw: Draw, shape: tuple[int, ...], random: Random) -> Case:
+    total = tensor_case(sum_block(draw, shape, random))
+    rough = tensor_case(kronecker_block(draw, shape, random, FACTORS)).operator
+    # a relative residual of 1e-8 is an error of that times the condition number
+    tolerance = 1e-8 * float(torch.linalg.cond(total.dense))
+    inverse = SolvedInverse(total.operator, rough.raised(-1, damped=False))
+    return whole(inverse, torch.linalg.inv(total.dense), total.like, tolerance)
+
+
+TENSORS = (*FACTORS, *EIGEN, "kronecker", "eigen kronecker", "sum")
+CLOSED = (*TENSORS, "block diagonal", "sum of block diagonals")
+KINDS = (*CLOSED, "solved inverse")
+MERGEABLE = (*FACTORS, "kronecker", "sum", "block diagonal")
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_closed_kind = pytest.mark.parametrize("kind", CLOSED)
+every_mergeable_kind = pytest.mark.parametrize("kind", MERGEABLE)
+every_damping = pytest.mark.parametrize(
+    "damping",
+    [0.3, Tikhonov(0.7), FactoredTikhonov(0.2), FactoredTikhonov(0.4, relative=True), RelativeTikhonov(0.1)],
+    ids=["number", "tikhonov", "factored", "factored relative", "relative"],
+)
+
+extents = st.integers(1, 4)
+
+
+@st.composite
+def cases(draw: Draw, kind: str, *, mergeable: bool = False) -> Case:
+    """An operator of one class, and its twin."""
+    random = Random(generator(draw(st.integers(0, 2**31))))
+    sides = FACTORS if mergeable else FACTORS + EIGEN
+    match kind:
+        case "block diagonal":
+            return block_diagonal(draw, draw(domains()), random, mergeable=mergeable)
+        case "sum of block diagonals":
+            domain = draw(domains())
+            terms = [block_diagonal(draw, domain, random) for _ in range(2)]
+            return whole(Sum(tuple(t.operator for t in terms)), terms[0].dense + terms[1].dense, domain.like)
+        case "dense" | "eigen" | "canonical eigen":
+            return tensor_case(matrix_block(kind, draw(st.tuples(extents) | st.tuples(extents, extents)), random))
+        case "diagonal" | "scaled identity":
+            return tensor_case(
+                matrix_block(kind, tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))), random)
+            )
+    matrices = st.tuples(extents, extents)
+    shape = draw(matrices | st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)))
+    match kind:
+        case "kronecker":
+            return tensor_case(kronecker_block(draw, shape, random, sides))
+        case "eigen kronecker":
+            return tensor_case(eigen_kronecker_block(draw, shape, random))
+        case "sum":
+            return tensor_case(sum_block(draw, shape, random, mergeable=mergeable))
+        case "solved inverse":
+            return solved_inverse(draw, shape, random)
+    raise ValueError(kind)
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """||actual - expected|| <= tolerance * ||expected||, for numbers, vectors and matrices."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype
+    error, size = float((actual - expected).norm()), float(expected.norm())
+    assert error <= tolerance * max(size, 1e-300), f"a relative error of {error / max(size, 1e-300):.1e}"
+
+
+def assert_number(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    """0-d tensors that agree; ``scale`` is the size of the terms that they are sums of."""
+    assert actual.shape == ()
+    assert abs(float(actual - expected)) <= 1e-10 * max(abs(float(expected)), scale)
+
+
+def matrix_function(matrix: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return conjugated(vectors, fn(values))
+
+
+def tensors(node: object) -> list[Tensor]:
+    return optree.tree_leaves(node, namespace="curvlib")
