@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from curvlib.operators import (
     BlockDiagonal,
@@ -177,3 +178,11 @@ def test_nothing_is_remembered_for_factors_that_require_gradients() -> None:
     for _ in range(2):  # a remembered graph would be gone the second time
         (gradient,) = torch.autograd.grad(operator.logdet(), matrix)
         assert_close(gradient, torch.linalg.inv(matrix.detach()), 1e-10)
+
+
+def test_nothing_made_of_fake_tensors_is_remembered() -> None:
+    random = Random(generator(0))
+    operator = Kronecker(Dense(random.definite(3)), Dense(random.definite(2)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(operator.logdet(), FakeTensor)
+    assert_close(operator.eigenvalues(), torch.linalg.eigvalsh(operator.to_dense()))
