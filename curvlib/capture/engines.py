@@ -31,7 +31,7 @@ ModelFn = Callable[[Any, Any], Any]
 Record = Callable[[int, Tensor | None, Tensor], Any]
 Consume = Callable[[int, Any, Tensor], None]
 
-ELEMENTS_AT_ONCE = 1 << 26  # of layer-output gradients that may be alive together when vectors are batched
+ELEMENTS_AT_ONCE = 1 << 23  # of layer-output gradients that may be alive together when vectors are batched
 
 
 class Pullback(Protocol):
