@@ -86,6 +86,13 @@ class Plan:
         calls: how many calls of known functions the model makes in all.
         static: whether it holds for every batch of the same shapes (false if control flow depends on values).
         output: the shape of the model's output.
+
+    Example:
+        >>> import curvlib as cv
+        >>> plan = cv.plan(lambda p, x: torch.tanh(x @ p["v"]) * p["s"], {"v": torch.ones(3, 2), "s": torch.ones(2)},
+        ...                torch.zeros(5, 3))
+        >>> [(site.call, block.name) for site, block in zip(plan.sites, plan.blocks)]
+        [('matmul', 'v'), ('mul', 's')]
     """
 
     domain: Domain

@@ -26,6 +26,12 @@ class Operator(ABC):
 
     A block acts on one tensor of its ``shape``; a curvature made by an estimator acts on pytrees like params. Every
     operation returns a new object. Subclasses are final; they implement the abstract methods and override nothing.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> curv = cv.Diagonal(torch.tensor([1.0, 4.0]))
+        >>> isinstance(curv, cv.Operator), curv @ torch.ones(2), curv.power(-0.5).trace(), (curv + curv).logdet().exp()
+        (True, tensor([1., 4.]), tensor(1.5000), tensor(16.))
     """
 
     # --- primitives ------------------------------------------------------------------------------------------
@@ -152,13 +158,31 @@ class Operator(ABC):
 
         return project(self, sketch)
 
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> Operator:
+        """The k leading eigenpairs a side, and the mean of the other eigenvalues for all that is orthogonal to them.
+
+        The trace is kept. A side of width d takes O(d k) memory from then on; diagonal sides stay as they are, and so
+        do sides of width d <= k, in eigen-form. See `LowRank`.
+
+        Args:
+            rank: k.
+            energy: or the share of a side's trace, 0 < energy <= 1, that k is the smallest to reach.
+
+        Raises:
+            ArgumentError: not exactly one of the two is given, or it is out of range; the operator has no eigenpairs
+                to keep; or ``energy`` is given where values cannot be looked at, under a transform or a trace.
+        """
+        from curvlib.operators.truncation import truncate  # a truncation is made of operators
+
+        return truncate(self, rank, energy)
+
     def eigenvalues(self) -> Tensor:
         """All D eigenvalues, ascending."""
         return self.spectrum().sort().values
 
     def logdet(self) -> Tensor:
         """Log det curv, a 0-d tensor: -inf if singular."""
-        return self.spectrum().log().sum()
+        return self.map_eigenvalues(torch.log).trace()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same operator on another device or with another dtype."""

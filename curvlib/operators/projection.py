@@ -29,6 +29,14 @@ class Projection:
         sides: (M_left [*, p, m], M_right [*, q, n]) of a Kronecker block, or (M [p, *shape],) of a block without sides.
         layouts: which elements of which parameters make up each block.
         domain: structure, names and shapes of the parameters.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> params = {"w": torch.ones(3, 4)}
+        >>> curv = cv.kfac(lambda p, x: x @ p["w"], params, (torch.randn(9, 3), torch.zeros(9, dtype=torch.long)))
+        >>> projection = curv.power(-0.5, cv.FactoredTikhonov(0.1)).project(cv.sketch(params, rank=2))
+        >>> projection(params)["w"].shape
+        torch.Size([2, 2])
     """
 
     sides: dict[str, Sides]
