@@ -14,16 +14,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 
 from curvlib.capture import Plan
-from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn
-from curvlib.estimators.data import Batch, DataSet, batches
-from curvlib.estimators.statistics import Options, Statistics, assemble, measure
+from curvlib.capture.plan import Block
+from curvlib.estimators.data import Batch, DataSet
+from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
+from curvlib.estimators.factors import FactorCollector, assemble, kronecker_block
+from curvlib.estimators.options import Options
+from curvlib.estimators.statistics import measure_all
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal
-from curvlib.pytree import Domain, Tree, flatten
+from curvlib.operators import BlockDiagonal, Operator
+from curvlib.pytree import Domain, Tree
 
 
 def kfac(
@@ -89,33 +91,11 @@ def kfac(
         >>> step = curv.inverse(1e-3) @ params
     """
     options = Options(loss, fisher, sharing, mc_samples, elementwise, tied, max_dense, engine)
-    domain = Domain.of(params)
-    plans: dict[object, Plan] = {}
-    total: Statistics | None = None
-    for inputs, targets in batches(batch):
-        key = shapes(inputs)
-        known = plan or plans.get(key)
-        if known is None:
-            known = make_plan(model_fn, params, inputs)
-            if known.static:
-                plans[key] = known
-        if generator is None and fisher == "mc":
-            generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
-        statistics = measure(known, model_fn, params, (inputs, targets), options, generator)
-        total = statistics if total is None else total + statistics
-    assert total is not None
-    return assemble(total, domain, options)
+    statistics = measure_all(
+        model_fn, params, batch, options, generator, plan, lambda now: (FactorCollector(now), ElementwiseCollector(now))
+    )
 
+    def make(block: Block, sums: Any) -> Operator:
+        return (kronecker_block if block.kronecker else elementwise_block)(block, sums, statistics, options)
 
-def shapes(inputs: Any) -> tuple[object, ...]:
-    """Structure, shapes and dtypes of inputs but for the number of examples, which a plan leaves open."""
-    leaves, structure = torch_pytree.tree_flatten(inputs)
-    number = next((int(x.shape[0]) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 1)
-    key: list[object] = [str(structure)]
-    for x in leaves:
-        if isinstance(x, torch.Tensor):
-            counts = x.ndim > 0 and int(x.shape[0]) == number
-            key.append((counts, tuple(map(int, x.shape[counts:])), x.dtype))
-        else:
-            key.append(repr(x))
-    return tuple(key)
+    return assemble(statistics, Domain.of(params), make)

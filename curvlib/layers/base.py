@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.layers.rows import Rows, groups_first
 from curvlib.linalg.gram import augmented_gram, full_precision, gram
 from curvlib.operators.layout import Layout, Region
 
@@ -101,6 +102,10 @@ class KroneckerLayer(Layer):
         """
 
     @abstractmethod
+    def rows(self, x: Tensor, examples: int) -> Rows:
+        """The rows a, with a one appended to each if there is a bias."""
+
+    @abstractmethod
     def keep(self, x: Tensor, examples: int) -> Tensor | None:
         """What `output_rows` must know of the input."""
 
@@ -125,13 +130,6 @@ def positions_that_count(mask: Tensor | None, examples: int, positions: int) -> 
     if mask.shape[1] != positions:
         mask = mask.any(1, keepdim=True).expand(examples, positions)
     return mask
-
-
-def groups_first(rows: Tensor, leading: int) -> Tensor:
-    """[*lead, (groups,) T, d] -> [(groups,) *lead * T, d]."""
-    if rows.ndim == leading + 2:
-        return rows.reshape(-1, rows.shape[-1])
-    return rows.movedim(-3, 0).reshape(rows.shape[-3], -1, rows.shape[-1])
 
 
 def second_moment(rows: Tensor, weights: Tensor | None, max_dense: int, *, augmented: bool) -> Tensor:

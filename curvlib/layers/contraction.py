@@ -15,6 +15,7 @@ from torch import Tensor
 from curvlib.errors import CaptureError
 from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.elementwise import Elementwise
+from curvlib.layers.rows import DenseRows, Rows
 from curvlib.operators.layout import Region
 
 
@@ -40,6 +41,9 @@ class Contraction(KroneckerLayer):
     ) -> tuple[Tensor, Tensor]:
         rows = self.input_rows(x, examples)
         return input_moment(rows, sharing, mask, max_dense, augmented=self.bias is not None)
+
+    def rows(self, x: Tensor, examples: int) -> Rows:
+        return DenseRows.of(self.input_rows(x, examples), augmented=self.bias is not None)
 
     def keep(self, x: Tensor, examples: int) -> Tensor | None:
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from curvlib.errors import CaptureError
 from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.contraction import bias_shift
+from curvlib.layers.rows import DenseRows, Rows
 from curvlib.layers.table import Inspection, Use, entry
 from curvlib.linalg.patch_gram import patch_gram, patches
 from curvlib.operators.layout import Region
@@ -44,6 +45,9 @@ class Convolution(KroneckerLayer):
         assert self.bias is not None
         positions = tuple(range(2, 2 + len(self.kernel)))
         return dataclasses.replace(self, bias=None), bias_shift(self.bias, Axes(0, (), positions, (1,)))
+
+    def rows(self, x: Tensor, examples: int) -> Rows:
+        return DenseRows.of(self.input_rows(x, examples), augmented=self.bias is not None)
 
     def keep(self, x: Tensor, examples: int) -> Tensor | None:
         return None

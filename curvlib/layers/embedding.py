@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvlib.errors import CaptureError
 from curvlib.layers.base import Axes, KroneckerLayer, Layer, output_moment, positions_that_count, second_moment
+from curvlib.layers.rows import OneHotRows, Rows
 from curvlib.layers.table import Inspection, Use, entry
 from curvlib.operators.layout import Region
 
@@ -31,6 +32,9 @@ class Embedding(KroneckerLayer):
 
     def split(self) -> tuple[KroneckerLayer, Layer]:
         raise AssertionError("an embedding has no bias")
+
+    def rows(self, x: Tensor, examples: int) -> Rows:
+        return OneHotRows(self.index_axes.rows(x, examples).squeeze(-1), self.weight.shape[-1])
 
     def keep(self, x: Tensor, examples: int) -> Tensor | None:
         if self.padding_index is None:

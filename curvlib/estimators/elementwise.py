@@ -1,0 +1,90 @@
+"""Blocks of scales, shifts and lone biases: second moments of per-example gradients, which are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from curvlib.capture.engines import Pullback
+from curvlib.capture.plan import Block, Placement
+from curvlib.estimators.options import Options
+from curvlib.estimators.statistics import Collector, Pass, Statistics
+from curvlib.layers.base import Layer
+from curvlib.layers.elementwise import Elementwise
+from curvlib.linalg.gram import full_precision, gram
+from curvlib.operators import Dense, Diagonal
+
+
+class ElementwiseCollector(Collector):
+    """Sums of squares of per-example gradients, or of their outer products."""
+
+    def __init__(self, now: Pass) -> None:
+        self.now = now
+        self.gradients: dict[Placement, list[dict[int, Tensor]]] = {}
+        self.moments: dict[str, Tensor] = {}
+        self.block_of = {placement: block for block in now.plan.blocks for placement in block.placements}
+
+    def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
+        assert isinstance(layer, Elementwise)
+        x = None if operand is None or layer.scale is None else full_precision(operand)
+        return layer.forward_only(x, z, self.now.examples) if self.now.options.fisher == "forward-only" else x
+
+    def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
+        assert isinstance(layer, Elementwise)
+        gradients = layer.gradients(kept, g, self.now.examples)
+        block = self.block_of[placement]
+        if len(block.placements) == 1:
+            self.add(block, gradients)
+        else:
+            self.gradients.setdefault(placement, []).append(gradients)
+
+    def add(self, block: Block, gradients: dict[int, Tensor]) -> None:
+        """Adds the second moment of per-example gradients {leaf: [K, N, *leaf.shape]}."""
+        like = next(iter(gradients.values()))
+        front, shapes = like.shape[:2], self.now.plan.domain.shapes
+        leaves = {piece.leaf: like.new_zeros(*front, *shapes[piece.leaf]) for piece in block.layout.pieces}
+        rows = block.layout.gather({**leaves, **gradients}).flatten(0, 1)
+        moment = gram(rows) if is_dense(block, self.now.options) else rows.square().sum(0)
+        previous = self.moments.get(block.name)
+        self.moments[block.name] = moment if previous is None else previous + moment
+
+    def sums(self, block: Block, run: Pullback) -> Tensor:
+        if self.now.options.fisher == "forward-only":
+            return self.forward_only(block, run)
+        stacks = [self.gradients[p] for p in block.placements if p in self.gradients]
+        for parts in zip(*stacks, strict=True):  # the uses of one leaf add up before they are squared
+            leaves: dict[int, Tensor] = {}
+            for part in parts:
+                for leaf, gradient in part.items():
+                    leaves[leaf] = leaves[leaf] + gradient if leaf in leaves else gradient
+            self.add(block, leaves)
+        if block.name in self.moments:
+            return self.moments[block.name]
+        sides = 2 if is_dense(block, self.now.options) else 1
+        return full_precision(run.outputs).new_zeros((block.layout.numel,) * sides)
+
+    def forward_only(self, block: Block, run: Pullback) -> Tensor:
+        """The sums with G = I: over examples, of means over positions."""
+        leaves: dict[int, Tensor] = {}
+        for placement in block.placements:
+            site = self.now.plan.sites[placement.site]
+            layer = site.layers[placement.layer]
+            assert isinstance(layer, Elementwise)
+            positions = layer.positions(site.output_shape(self.now.examples), self.now.examples)
+            for leaf, total in run.kept[placement.site][placement.layer].items():
+                leaves[leaf] = leaves[leaf] + total / positions if leaf in leaves else total / positions
+        return block.layout.gather(leaves)
+
+
+def is_dense(block: Block, options: Options) -> bool:
+    """Whether an elementwise block keeps its whole second moment."""
+    return options.elementwise == "dense" and block.layout.numel <= options.max_dense
+
+
+def elementwise_block(block: Block, sums: Tensor, statistics: Statistics, options: Options) -> Dense | Diagonal:
+    """One block of the curvature of the reduced objective."""
+    scale = 1 / statistics.divisor(options)
+    if options.fisher == "forward-only":
+        scale = scale / statistics.examples
+    return Dense(sums * scale) if is_dense(block, options) else Diagonal(sums * scale)

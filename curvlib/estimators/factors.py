@@ -1,0 +1,149 @@
+"""Kronecker factors: sums of a a^T and g g^T for each use of a weight, and the blocks made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.capture.discover import tensors_in
+from curvlib.capture.engines import Pullback
+from curvlib.capture.plan import Block, Placement
+from curvlib.errors import ArgumentError, NonFiniteError, naming
+from curvlib.estimators.options import Options
+from curvlib.estimators.statistics import Collector, Pass, Statistics
+from curvlib.layers.base import KroneckerLayer, Layer
+from curvlib.linalg.eager import may_look_at
+from curvlib.linalg.gram import full_precision, writes_in_place
+from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
+from curvlib.pytree import Domain
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorSums:
+    """One use of a weight: sum of a a^T, the number of rows in it, and sum of g g^T (None: forward-only)."""
+
+    inputs: Tensor
+    rows: Tensor
+    outputs: Tensor | None
+
+    def __add__(self, other: FactorSums) -> FactorSums:
+        outputs = None if self.outputs is None or other.outputs is None else self.outputs + other.outputs
+        return FactorSums(self.inputs + other.inputs, self.rows + other.rows, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class UseSums:
+    """The sums of all uses of one weight."""
+
+    uses: tuple[FactorSums, ...]
+
+    def __add__(self, other: UseSums) -> UseSums:
+        return UseSums(tuple(a + b for a, b in zip(self.uses, other.uses, strict=True)))
+
+
+class FactorCollector(Collector):
+    """Forms input factors in the forward pass, and output factors as gradients arrive."""
+
+    def __init__(self, now: Pass) -> None:
+        self.now = now
+        self.outputs: dict[Placement, Tensor] = {}
+
+    def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
+        assert isinstance(layer, KroneckerLayer)
+        assert operand is not None
+        options, examples = self.now.options, self.now.examples
+        full = full_precision(operand)
+        factor, rows = layer.input_factor(full, examples, options.sharing, self.now.mask, options.max_dense)
+        return factor, rows, layer.keep(operand, examples)
+
+    def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
+        assert isinstance(layer, KroneckerLayer)
+        options = self.now.options
+        factor = layer.output_factor(g, kept[2], self.now.examples, options.sharing, options.max_dense)
+        previous = self.outputs.get(placement)
+        self.outputs[placement] = factor if previous is None else previous + factor
+
+    def sums(self, block: Block, run: Pullback) -> UseSums:
+        return UseSums(tuple(self.use(placement, run) for placement in block.placements))
+
+    def use(self, placement: Placement, run: Pullback) -> FactorSums:
+        """The sums of one use of a weight."""
+        inputs, rows, _ = run.kept[placement.site][placement.layer]
+        if self.now.options.fisher == "forward-only":
+            return FactorSums(inputs, rows, None)
+        outputs = self.outputs.get(placement)
+        if outputs is None:  # the layer's output does not reach the model's
+            layer = self.now.plan.sites[placement.site].layers[placement.layer]
+            assert isinstance(layer, KroneckerLayer)
+            *groups, width, _ = layer.weight.shape
+            sides = 2 if width <= self.now.options.max_dense else 1
+            outputs = full_precision(run.outputs).new_zeros(*groups, *(width,) * sides)
+        return FactorSums(inputs.to(outputs.dtype), rows, outputs)
+
+
+def assemble(statistics: Statistics, domain: Domain, make: Callable[[Block, Any], Operator]) -> BlockDiagonal:
+    """The operator whose blocks ``make`` makes of the summands.
+
+    Raises:
+        NonFiniteError: a block is not finite; names it.
+    """
+    blocks: dict[str, Operator] = {}
+    for block, sums in zip(statistics.blocks, statistics.sums, strict=True):
+        with naming(block.name):
+            blocks[block.name] = make(block, sums)
+            check_finite(blocks[block.name])
+    layouts = tuple((block.name, block.layout) for block in statistics.blocks)
+    return BlockDiagonal(blocks, layouts, domain)
+
+
+def kronecker_block(block: Block, sums: UseSums, statistics: Statistics, options: Options) -> Operator:
+    """G (x) A for the curvature of the reduced objective, summed over the uses of the weight."""
+    uses = sums.uses
+    if options.tied == "merge" and len(uses) > 1:
+        if any(placement.transposed for placement in block.placements):
+            raise ArgumentError("tied='merge' needs a weight that is used in one orientation; use tied='sum'")
+        merged = uses[0]
+        for other in uses[1:]:
+            merged = merged + other
+        uses = (merged,)
+    groups = len(block.layout.shape) - 2
+    terms: list[Operator] = []
+    for placement, use in zip(block.placements, uses, strict=False):
+        inputs = side(divide(use.inputs, use.rows.clamp(min=1)), groups)
+        outputs = output_side(block, placement, use, statistics.divisor(options))
+        terms.append(Kronecker(inputs, outputs) if placement.transposed else Kronecker(outputs, inputs))
+    return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+
+
+def divide(total: Tensor, count: Tensor) -> Tensor:
+    """Sums over the data to means; the sums are not needed any more, and their memory is used again where possible."""
+    if writes_in_place(total) and total.is_floating_point():
+        return total.div_(count)
+    return total / count
+
+
+def side(factor: Tensor, groups: int) -> Dense | Diagonal:
+    """A factor [*groups, d, d], or its diagonal [*groups, d], as one side of a Kronecker product."""
+    return Dense(factor) if factor.ndim == groups + 2 else Diagonal(factor)
+
+
+def output_side(block: Block, placement: Placement, use: FactorSums, divisor: Tensor) -> Matrix:
+    """G: the normalized second moment of the output gradients, or the identity for forward-only."""
+    *groups, rows, columns = block.layout.shape
+    if use.outputs is not None:
+        return side(divide(use.outputs, divisor), len(groups))
+    return ScaledIdentity((1 / divisor).to(use.inputs.dtype), (columns if placement.transposed else rows,))
+
+
+def check_finite(block: Operator) -> None:
+    """Refuses a block with an infinite or undefined entry, where its values may be looked at."""
+    for tensor in tensors_in(block):
+        if may_look_at(tensor) and not torch.isfinite(tensor.sum()):
+            raise NonFiniteError(
+                "the factor is not finite: the inputs, the parameters or the outputs contain inf or nan, or no "
+                "target counts"
+            )
