@@ -5,7 +5,7 @@ Pure functions turn (model_fn, params, batch) into immutable curvature objects; 
 
 from curvlib import errors, pytree
 from curvlib.capture import Plan, plan
-from curvlib.estimators import kfac, over
+from curvlib.estimators import eigenvalue_correct, ekfac, kfac, over, tkfac
 from curvlib.functional import functional
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
 from curvlib.operators import (
@@ -49,6 +49,8 @@ __all__ = [
     "ScaledIdentity",
     "Sum",
     "Tikhonov",
+    "eigenvalue_correct",
+    "ekfac",
     "ema",
     "errors",
     "functional",
@@ -59,5 +61,6 @@ __all__ = [
     "pytree",
     "ravel",
     "sketch",
+    "tkfac",
     "unravel",
 ]

@@ -1,6 +1,35 @@
 """Estimators: from a model and data to curvature objects."""
 
 from curvlib.estimators.data import DataSet, over
+from curvlib.estimators.diagonal import diagonal
+from curvlib.estimators.ekfac import eigenvalue_correct, ekfac, tkfac
+from curvlib.estimators.exact import MatrixFree, fisher, ggn, gramian, hessian
+from curvlib.estimators.implicit import Implicit, ImplicitInverse, ImplicitSum, solve
+from curvlib.estimators.jacobian import Jacobian, TransposedJacobian, jacobian
 from curvlib.estimators.kfac import kfac
+from curvlib.estimators.stochastic import Estimate, estimate_diagonal, estimate_trace
 
-__all__ = ["DataSet", "kfac", "over"]
+__all__ = [
+    "MatrixFree",
+    "fisher",
+    "ggn",
+    "gramian",
+    "hessian",
+    "Implicit",
+    "ImplicitInverse",
+    "ImplicitSum",
+    "solve",
+    "Jacobian",
+    "TransposedJacobian",
+    "jacobian",
+    "Estimate",
+    "estimate_diagonal",
+    "estimate_trace",
+    "diagonal",
+    "DataSet",
+    "eigenvalue_correct",
+    "ekfac",
+    "kfac",
+    "over",
+    "tkfac",
+]

@@ -47,6 +47,19 @@ def over(loader: Iterable[Batch], *, progress: bool = False) -> DataSet:
     return DataSet(loader, progress)
 
 
+def repeatable(batch: Batch | DataSet) -> None:
+    """Refuses a data set that can be read only once, where it is needed more than once.
+
+    Raises:
+        ArgumentError: the loader is an iterator.
+    """
+    if isinstance(batch, DataSet) and isinstance(batch.loader, Iterator):
+        raise ArgumentError(
+            "the data set is read more than once, but its loader is an iterator that is used up after the first time; "
+            "give cv.over a list or a DataLoader"
+        )
+
+
 def batches(batch: Batch | DataSet) -> Iterator[Batch]:
     """The batches of a data set, or the one batch given; each is checked to be a pair.
 

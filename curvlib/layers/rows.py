@@ -31,12 +31,12 @@ class Rows(ABC):
         """The rows of these examples."""
 
     @abstractmethod
-    def in_basis(self, basis: Basis) -> Rows:
-        """The coordinates a Q."""
+    def in_basis(self, basis: Basis, like: Tensor) -> Rows:
+        """The coordinates a Q, in the dtype of ``like``."""
 
     @abstractmethod
-    def dense(self) -> Tensor:
-        """The rows as one tensor."""
+    def mean(self, like: Tensor) -> DenseRows:
+        """The mean row of each example: T = 1."""
 
     @abstractmethod
     def gradients(self, g: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ class DenseRows(Rows):
     def part(self, start: int, stop: int) -> DenseRows:
         return DenseRows(self.values[start:stop])
 
-    def in_basis(self, basis: Basis) -> DenseRows:
+    def in_basis(self, basis: Basis, like: Tensor) -> DenseRows:
         return DenseRows(basis.analyse_right(self.values))
 
-    def dense(self) -> Tensor:
-        return self.values
+    def mean(self, like: Tensor) -> DenseRows:
+        return DenseRows(self.values.mean(-2, keepdim=True))
 
     def gradients(self, g: Tensor) -> Tensor:
         return g.mT @ self.values
@@ -117,13 +117,17 @@ class OneHotRows(Rows):
     def part(self, start: int, stop: int) -> OneHotRows:
         return OneHotRows(self.index[start:stop], self.width)
 
-    def in_basis(self, basis: Basis) -> Rows:
+    def in_basis(self, basis: Basis, like: Tensor) -> Rows:
         if isinstance(basis, CanonicalBasis):
             return self
-        return DenseRows(basis.analyse_right(self.dense()))
+        return DenseRows(basis.analyse_right(self.vectors(like)))
 
-    def dense(self) -> Tensor:
-        return torch.nn.functional.one_hot(self.index, self.width).to(torch.get_default_dtype())
+    def vectors(self, like: Tensor) -> Tensor:
+        """The one-hot vectors themselves [N, T, width]."""
+        return torch.nn.functional.one_hot(self.index, self.width).to(like.dtype)
+
+    def mean(self, like: Tensor) -> DenseRows:
+        return DenseRows(self.vectors(like).mean(-2, keepdim=True))
 
     def gradients(self, g: Tensor) -> Tensor:
         result = g.new_zeros(*g.shape[:2], g.shape[-1], self.width)

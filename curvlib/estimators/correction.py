@@ -1,0 +1,170 @@
+"""Second moments of per-example gradients D_n = sum_t g_nt a_nt^T, which need a and g of a layer together."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from curvlib.capture.engines import Pullback
+from curvlib.capture.plan import Block, Placement
+from curvlib.estimators.options import Options
+from curvlib.estimators.statistics import Collector, Pass
+from curvlib.layers.base import KroneckerLayer, Layer
+from curvlib.layers.rows import DenseRows, Rows, chunks, summed
+from curvlib.operators.bases import Basis
+
+Bases = tuple[Basis, Basis]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight in one pass: rows a, gradients g [K, N, (groups,) T, d_out], and its orientation."""
+
+    rows: Rows
+    g: Tensor
+    transposed: bool
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """The part of D_n of these examples that is due to this use, in the orientation of the block."""
+        found = self.rows.part(start, stop).gradients(self.g[:, start:stop])
+        return found.mT if self.transposed else found
+
+
+class Moment(ABC):
+    """A second moment of per-example gradients; a tuple of tensors that are added over examples and vectors."""
+
+    @abstractmethod
+    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+        """The moment of a block, from all uses of its weight in one stack of vectors."""
+
+    @abstractmethod
+    def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
+        """The moment of a block that does not reach the outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Tensors that are added one by one."""
+
+    tensors: tuple[Tensor, ...]
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(tuple(a + b for a, b in zip(self.tensors, other.tensors, strict=True)))
+
+
+class MomentCollector(Collector):
+    """Keeps the rows of every layer, and forms a moment as soon as all uses of a weight have their gradients."""
+
+    def __init__(self, now: Pass, moment: Moment) -> None:
+        self.now, self.moment = now, moment
+        self.totals: dict[str, Totals] = {}
+        self.waiting: dict[Placement, list[Use]] = {}
+        self.block_of = {placement: block for block in now.plan.blocks for placement in block.placements}
+
+    def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
+        assert isinstance(layer, KroneckerLayer)
+        assert operand is not None
+        return layer.rows(operand, self.now.examples), layer.keep(operand, self.now.examples)
+
+    def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
+        assert isinstance(layer, KroneckerLayer)
+        rows, extra = kept
+        g = layer.output_rows(g, extra, self.now.examples)
+        if self.now.options.sharing == "reduce":
+            rows, g = rows.mean(g), g.sum(-2, keepdim=True)
+        use = Use(rows, g, placement.transposed)
+        block = self.block_of[placement]
+        if len(block.placements) == 1:
+            self.add(block, [use])
+        else:
+            self.waiting.setdefault(placement, []).append(use)
+
+    def add(self, block: Block, uses: Sequence[Use]) -> None:
+        """Adds the moment of one stack of vectors."""
+        found = Totals(self.moment.of(block, uses))
+        self.totals[block.name] = self.totals[block.name] + found if block.name in self.totals else found
+
+    def sums(self, block: Block, run: Pullback) -> Totals:
+        stacks = [self.waiting.pop(placement) for placement in block.placements if placement in self.waiting]
+        for uses in zip(*stacks, strict=True):
+            self.add(block, uses)
+        if block.name in self.totals:
+            return self.totals[block.name]
+        return Totals(self.moment.zero(block, run.outputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class EigenSquares(Moment):
+    """sum_n (Q_L^T D_n Q_R)^2 entrywise, in each block's Kronecker eigenbasis (George et al. 2018, eq. 11).
+
+    Attributes:
+        bases: (Q_L, Q_R) by block.
+        positionwise: take each position for an example, which drops the cross terms of D_n's sum.
+    """
+
+    bases: dict[str, Bases]
+    positionwise: bool
+
+    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+        left, right = self.bases[block.name]
+        if self.positionwise:
+            parts = [self.projected(use, left, right) for use in uses]
+            found = [rows.position_squares(g) for rows, g in parts]
+            return (summed([x.mT if use.transposed else x for use, x in zip(uses, found, strict=True)]),)
+        if len(uses) == 1 and self.rows_are_cheaper(uses[0]):
+            rows, g = self.projected(uses[0], left, right)
+            return (rows.squares(g),)
+        squares = []
+        for start, stop in chunks(uses[0].rows.shape, uses[0].g):
+            gradients = summed([use.gradients(start, stop) for use in uses])
+            squares.append(right.analyse_right(left.analyse_left(gradients)).square().sum((0, 1)))
+        return (summed(squares),)
+
+    def projected(self, use: Use, left: Basis, right: Basis) -> tuple[Rows, Tensor]:
+        """Rows and gradients in the coordinates of the bases."""
+        if use.transposed:
+            left, right = right, left
+        return use.rows.in_basis(right, use.g), left.analyse_left(use.g.mT).mT
+
+    def rows_are_cheaper(self, use: Use) -> bool:
+        """Whether it takes fewer multiplications to rotate the T rows than the gradient [d_out, d_in]."""
+        if not isinstance(use.rows, DenseRows):
+            return True
+        positions, d_in, d_out = use.rows.shape[-2], use.rows.shape[-1], use.g.shape[-1]
+        return positions * (d_in**2 + d_out**2) <= d_in * d_out * (d_in + d_out)
+
+    def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
+        return (like.new_zeros(block.layout.shape),)
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceMoments(Moment):
+    """sum_n D_n D_n^T and sum_n D_n^T D_n, the factors of TKFAC (a side wider than max_dense: its diagonal)."""
+
+    options: Options
+
+    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+        *_, rows, columns = block.layout.shape
+        widest = self.options.max_dense
+        if len(uses) == 1 and max(rows, columns) <= widest:
+            return uses[0].rows.left_moment(uses[0].g), uses[0].rows.right_moment(uses[0].g)
+        lefts, rights = [], []
+        for start, stop in chunks(uses[0].rows.shape, uses[0].g):
+            gradients = summed([use.gradients(start, stop) for use in uses])
+            lefts.append(moment(gradients.mT, rows <= widest))
+            rights.append(moment(gradients, columns <= widest))
+        return summed(lefts), summed(rights)
+
+    def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
+        *groups, rows, columns = block.layout.shape
+        sides = [2 if width <= self.options.max_dense else 1 for width in (rows, columns)]
+        return like.new_zeros(*groups, *(rows,) * sides[0]), like.new_zeros(*groups, *(columns,) * sides[1])
+
+
+def moment(matrices: Tensor, dense: bool) -> Tensor:
+    """The sum of M^T M over [K, N, *groups, m, n], or its diagonal."""
+    return (matrices.mT @ matrices).sum((0, 1)) if dense else matrices.square().sum(-2).sum((0, 1))

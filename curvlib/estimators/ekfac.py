@@ -1,0 +1,266 @@
+"""EKFAC and TKFAC: Kronecker curvature that is corrected by per-example gradients.
+
+EKFAC (George et al. 2018, arXiv 1806.03884) keeps the Kronecker eigenbasis of KFAC's factors and replaces the products
+of their eigenvalues by the exact second moments of per-example gradients in that basis,
+
+    Lambda_ij = E[(Q_G^T D_n Q_A)_ij^2],
+
+which is the best choice in Frobenius norm for that basis, and makes the trace exact. TKFAC (Gao et al. 2020, arXiv
+2011.10741) stays a Kronecker product and makes its trace exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from curvlib.capture import Plan
+from curvlib.capture.engines import ModelFn
+from curvlib.capture.plan import Block
+from curvlib.errors import ArgumentError, NotKroneckerError, naming
+from curvlib.estimators.correction import Bases, EigenSquares, MomentCollector, Totals, TraceMoments
+from curvlib.estimators.data import Batch, DataSet, repeatable
+from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
+from curvlib.estimators.factors import assemble, side
+from curvlib.estimators.kfac import kfac
+from curvlib.estimators.options import Options
+from curvlib.estimators.statistics import measure_all
+from curvlib.layers.rows import summed
+from curvlib.losses import CrossEntropy, Loss
+from curvlib.operators import BlockDiagonal, Dense, Diagonal, EigenKronecker, Kronecker, Matrix, Operator, Sum
+from curvlib.pytree import Domain, Tree, flatten
+
+CORRECTIONS = ("example", "position")
+
+
+def ekfac(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    fisher: str = "mc",
+    sharing: str = "expand",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    correction: str = "example",
+    elementwise: str = "diagonal",
+    max_dense: int = 8192,
+    engine: str | None = None,
+    plan: Plan | None = None,
+) -> BlockDiagonal:
+    """Eigenvalue-corrected KFAC: `kfac`, then `eigenvalue_correct` on the same data with the same draws.
+
+    Args:
+        model_fn: as for `kfac`, as are the arguments not named here.
+        params: pytree of floating-point tensors.
+        batch: (inputs, targets), or a whole data set `over` a loader, which is gone through twice.
+        loss: the objective.
+        fisher: ``type-2``, ``mc`` or ``empirical``.
+        sharing: how the factors, and so the eigenbasis, are made.
+        mc_samples: draws an example for ``mc``.
+        generator: randomness for ``mc``; advanced once.
+        correction: eigenvalues from the gradient of each ``example``, or of each ``position`` as if it were one.
+        elementwise: ``diagonal`` or ``dense``.
+        max_dense: sides wider than this keep the canonical basis.
+        engine: "functional", "autograd" or None.
+        plan: the model's plan.
+
+    Returns:
+        `EigenKronecker` blocks. A tied weight has the eigenbasis of its uses' merged factors.
+
+    Raises:
+        ArgumentError: ``forward-only``, which has no gradients; a data set that can be read only once.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> batch = (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> cv.ekfac(model_fn, params, batch).blocks["weight"].values.shape
+        torch.Size([2, 4])
+    """
+    check_gradients(fisher, correction)
+    repeatable(batch)
+    if fisher == "mc" and generator is None:
+        generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
+    again = None if generator is None else generator.clone_state()
+    shared: dict[str, Any] = {"loss": loss, "fisher": fisher, "mc_samples": mc_samples, "engine": engine, "plan": plan}
+    factors = kfac(
+        model_fn,
+        params,
+        batch,
+        sharing=sharing,
+        generator=generator,
+        elementwise=elementwise,
+        max_dense=max_dense,
+        **shared,
+    )
+    return eigenvalue_correct(factors, model_fn, params, batch, generator=again, correction=correction, **shared)
+
+
+def eigenvalue_correct(
+    curv: BlockDiagonal,
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    fisher: str = "mc",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    correction: str = "example",
+    engine: str | None = None,
+    plan: Plan | None = None,
+) -> BlockDiagonal:
+    """The EKFAC step for any Kronecker basis: eigenvalues from per-example gradients, eigenvectors from ``curv``.
+
+    Args:
+        curv: Kronecker blocks on ``params`` (from `kfac`, `tkfac`, Shampoo, DyKAF, ...); others stay as they are.
+        model_fn: as for `ekfac`, as are all others.
+        params: pytree of floating-point tensors.
+        batch: (inputs, targets) or a data set.
+        loss: the objective.
+        fisher: ``type-2``, ``mc`` or ``empirical``.
+        mc_samples: draws an example for ``mc``.
+        generator: randomness for ``mc``.
+        correction: ``example`` or ``position``.
+        engine: "functional", "autograd" or None.
+        plan: the model's plan.
+
+    Returns:
+        The curvature with `EigenKronecker` blocks.
+
+    Raises:
+        NotKroneckerError: the block of a weight has no eigenbasis a side; names it.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> batch = (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> curv = cv.kfac(model_fn, params, batch, fisher="empirical")
+        >>> exact = cv.eigenvalue_correct(curv, model_fn, params, batch, fisher="empirical")
+        >>> type(exact.blocks["weight"]).__name__
+        'EigenKronecker'
+    """
+    check_gradients(fisher, correction)
+    options = Options(loss, fisher, "expand", mc_samples, "diagonal", "sum", 1, engine)
+    bases: dict[str, Bases] = {}
+    for name, block in curv.blocks.items():
+        if isinstance(block, (Kronecker, EigenKronecker, Sum)):
+            with naming(name):
+                bases[name] = eigenbases(block)
+    moment = EigenSquares(bases, positionwise=correction == "position")
+    statistics = measure_all(
+        model_fn, params, batch, options, generator, plan, lambda now: (MomentCollector(now, moment), None)
+    )
+
+    def make(block: Block, sums: Totals | None) -> Operator:
+        if sums is None:
+            return curv.blocks[block.name]
+        return EigenKronecker(*bases[block.name], sums.tensors[0] / statistics.divisor(options))
+
+    return assemble(statistics, Domain.of(params), make)
+
+
+def tkfac(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    fisher: str = "mc",
+    sharing: str = "expand",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    elementwise: str = "diagonal",
+    max_dense: int = 8192,
+    engine: str | None = None,
+    plan: Plan | None = None,
+) -> BlockDiagonal:
+    """Trace-restricted KFAC: L (x) R / tr L with L = E[D D^T], R = E[D^T D] for per-example gradients D.
+
+    The trace of each block is that of the Fisher's block, exactly, however often a weight is used. Without sharing,
+    D = g a^T and L = E[|a|^2 g g^T], R = E[|g|^2 a a^T] (Gao et al. 2020, eq. 12).
+
+    Args:
+        model_fn: as for `kfac`, as are all others.
+        params: pytree of floating-point tensors.
+        batch: (inputs, targets) or a data set.
+        loss: the objective.
+        fisher: ``type-2``, ``mc`` or ``empirical``.
+        sharing: ``expand``: D is the example's gradient, sum_t g_t a_t^T; ``reduce``: (sum_t g_t)(mean_t a_t)^T.
+        mc_samples: draws an example for ``mc``.
+        generator: randomness for ``mc``; None: a fresh generator with seed 0.
+        elementwise: ``diagonal`` or ``dense``.
+        max_dense: sides wider than this get a diagonal factor.
+        engine: "functional", "autograd" or None.
+        plan: the model's plan.
+
+    Returns:
+        `Kronecker` blocks.
+
+    Raises:
+        ArgumentError: ``forward-only``, which has no gradients.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> batch = (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> curv, exact = (estimate(model_fn, params, batch, fisher="type-2") for estimate in (cv.tkfac, cv.ekfac))
+        >>> torch.allclose(curv.trace(), exact.trace())
+        True
+    """
+    check_gradients(fisher, "example")
+    options = Options(loss, fisher, sharing, mc_samples, elementwise, "sum", max_dense, engine)
+    statistics = measure_all(
+        model_fn,
+        params,
+        batch,
+        options,
+        generator,
+        plan,
+        lambda now: (MomentCollector(now, TraceMoments(options)), ElementwiseCollector(now)),
+    )
+
+    def make(block: Block, sums: Any) -> Operator:
+        if not block.kronecker:
+            return elementwise_block(block, sums, statistics, options)
+        left, right = (
+            side(tensor / statistics.divisor(options), len(block.layout.shape) - 2) for tensor in sums.tensors
+        )
+        trace = left.traces()
+        return Kronecker(left, right.scaled(torch.where(trace > 0, 1 / trace, torch.ones_like(trace))))
+
+    return assemble(statistics, Domain.of(params), make)
+
+
+def check_gradients(fisher: str, correction: str) -> None:
+    """Refuses what has no per-example gradients."""
+    if fisher == "forward-only":
+        raise ArgumentError("fisher='forward-only' has no gradients to correct eigenvalues with; use mc or type-2")
+    if correction not in CORRECTIONS:
+        raise ArgumentError(f"correction must be one of {', '.join(CORRECTIONS)}, got {correction!r}")
+
+
+def eigenbases(block: Operator) -> Bases:
+    """The eigenbases of a block's sides."""
+    if isinstance(block, Sum):
+        products = [term for term in block.terms if isinstance(term, Kronecker)]
+        block = Kronecker(added([term.left for term in products]), added([term.right for term in products]))
+    if isinstance(block, Kronecker):
+        return block.left.eigen().basis, block.right.eigen().basis
+    if isinstance(block, EigenKronecker):
+        return block.left, block.right
+    raise NotKroneckerError(
+        f"a {type(block).__name__} has no eigenbasis a side; eigenvalue correction needs Kronecker factors"
+    )
+
+
+def added(sides: Sequence[Matrix]) -> Matrix:
+    """The sum of sides of Kronecker products."""
+    diagonals = [side.values for side in sides if isinstance(side, Diagonal)]
+    if len(diagonals) == len(sides):
+        return Diagonal(summed(diagonals))
+    return Dense(summed([side.matrices() for side in sides]))
