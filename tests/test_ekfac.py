@@ -157,7 +157,7 @@ def test_a_loader_is_one_big_batch(reduction: str, how: Any) -> None:
 
 def test_a_loader_that_can_be_read_once_is_refused_by_ekfac() -> None:
     case = problem(nn.Sequential(*TANH), normal(1, 7, 3), "cross-entropy", "mean")
-    with pytest.raises(cv.errors.ArgumentError, match="more than once.*DataLoader"):
+    with pytest.raises(cv.errors.ArgumentError, match=r"more than once.*DataLoader"):
         cv.ekfac(case.model_fn, case.params, cv.over(iter([case.batch])))
 
 

@@ -30,7 +30,7 @@ from curvlib.estimators.statistics import measure_all
 from curvlib.layers.rows import summed
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, EigenKronecker, Kronecker, Matrix, Operator, Sum
-from curvlib.pytree import Domain, Tree, flatten
+from curvlib.pytree import Domain, Tree, flatten, tree_map
 
 CORRECTIONS = ("example", "position")
 
@@ -227,11 +227,12 @@ def tkfac(
     def make(block: Block, sums: Any) -> Operator:
         if not block.kronecker:
             return elementwise_block(block, sums, statistics, options)
-        left, right = (
-            side(tensor / statistics.divisor(options), len(block.layout.shape) - 2) for tensor in sums.tensors
-        )
-        trace = left.traces()
-        return Kronecker(left, right.scaled(torch.where(trace > 0, 1 / trace, torch.ones_like(trace))))
+        groups = len(block.layout.shape) - 2
+        sides = [side(tensor / statistics.divisor(options), groups) for tensor in sums.tensors]
+        trace = sides[0].traces()
+        share = torch.where(trace > 0, 1 / trace, torch.ones_like(trace))
+        share = share.reshape(*share.shape, *(1,) * (sums.tensors[1].ndim - groups))
+        return Kronecker(sides[0], tree_map(lambda tensor: tensor * share, sides[1]))
 
     return assemble(statistics, Domain.of(params), make)
 
