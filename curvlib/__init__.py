@@ -3,10 +3,11 @@
 Pure functions turn (model_fn, params, batch) into immutable curvature objects; everything else is algebra on them.
 """
 
-from curvlib import errors, pytree
+from curvlib import errors, pytree, spectrum
 from curvlib.capture import Plan, plan
 from curvlib.estimators import eigenvalue_correct, ekfac, kfac, over, tkfac
 from curvlib.functional import functional
+from curvlib.io import load, save
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
 from curvlib.operators import (
     BlockDiagonal,
@@ -55,12 +56,15 @@ __all__ = [
     "errors",
     "functional",
     "kfac",
+    "load",
     "merge_factors",
     "over",
     "plan",
     "pytree",
     "ravel",
+    "save",
     "sketch",
+    "spectrum",
     "tkfac",
     "unravel",
 ]

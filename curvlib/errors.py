@@ -71,6 +71,10 @@ class ArgumentError(CurvlibError, ValueError):
     """An argument has a value that is not one of the documented ones."""
 
 
+class FormatError(CurvlibError, ValueError):
+    """A file does not hold a curvature object that can be read, or an object cannot be stored in one."""
+
+
 class EigendecompositionError(CurvlibError, RuntimeError):
     """A symmetric eigendecomposition failed in working and in double precision."""
 

@@ -204,6 +204,23 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+registered: dict[str, type[Any]] = {}  # every class made by `register`, by the name that files know it by
+
+
+def stored_name(cls: type[Any]) -> str:
+    """The name of a registered class in files: curvlib's own keep theirs when they move to another module of a room.
+
+    Example:
+        >>> import curvlib as cv
+        >>> stored_name(cv.Dense)
+        'operators.Dense'
+    """
+    library, _, path = cls.__module__.partition(".")
+    if library == __name__.partition(".")[0]:
+        return f"{path.partition('.')[0]}.{cls.__qualname__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 @dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(static,))
 def register(cls: type[T]) -> type[T]:
     """Makes ``cls`` a frozen dataclass that is a node of optree's and of torch's pytrees.
@@ -262,4 +279,5 @@ def register(cls: type[T]) -> type[T]:
         flatten_with_keys_fn=torch_split_with_keys,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
+    registered[stored_name(cls)] = cls
     return cls

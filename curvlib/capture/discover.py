@@ -8,6 +8,7 @@ exactly if the prime divides it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvlib.capture.plan import Site, Size
 from curvlib.errors import CaptureError
-from curvlib.layers import TABLE
+from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.contraction import Contraction
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.table import Entry, Inspection
@@ -29,6 +30,15 @@ COPIES = {
     torch.clone, Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half,
     Tensor.bfloat16, Tensor.type_as, Tensor.cpu, Tensor.cuda,
 }  # fmt: skip
+RESHAPES = {
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    Tensor.flatten,
+    torch.flatten,
+    Tensor.view_as,
+    Tensor.reshape_as,
+}
 LIKE = {
     torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like,
     Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
@@ -127,6 +137,7 @@ class Discover(TorchFunctionMode):
         self.originals = originals
         self.aliases: dict[int, Alias] = {}
         self.calls = 0
+        self.interleaved: str | None = None
         self.sites: list[Site] = []
         self.products: dict[int, Product] = {}
 
@@ -136,11 +147,16 @@ class Discover(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in REWRITES:
+            with self:
+                return REWRITES[func](*args, **kwargs)
         entry = TABLE.get(func)
         self.calls += entry is not None
         result = func(*args, **kwargs)
         operands = tensors_in((args, kwargs))
         outputs = tensors_in(result)
+        if self.examples.marked and func in RESHAPES:
+            self.note_interleaving(func, operands[0], outputs[0])
         if outputs:
             for operand in operands:
                 if id(operand) in self.products:
@@ -152,7 +168,8 @@ class Discover(TorchFunctionMode):
             return result
         names = parameters(self.domain, sorted(used))
         name = getattr(func, "__name__", str(func))
-        if all(self.alias(output) is not None for output in outputs):
+        over_examples = entry is not None and self.examples.axis(outputs[0]) is not None
+        if all(self.alias(output) is not None for output in outputs) and not over_examples:
             if name.endswith("_") and not name.endswith("__"):
                 raise CaptureError(f"{name!r} changes {names} in place; model_fn must be pure")
             return result
@@ -206,10 +223,17 @@ class Discover(TorchFunctionMode):
         if use is None or claimed != used:
             missed = parameters(self.domain, sorted(used - claimed))
             raise CaptureError(f"the call uses {missed} in a way that is not understood")
+        if self.alias(result) is not None:
+            result = result.clone()  # it stands for one copy of the parameter an example now
         if batch is None and self.expand:
             result = expand_examples(result, self.examples.number)
             self.expanded[storage(result)] = result
         sizes = self.examples.sizes(output)
+        if self.interleaved is not None and any(k > 1 and counts for k, counts in sizes):
+            raise CaptureError(
+                f"{self.interleaved!r} flattened the axis of examples behind another axis, so that the rows of an "
+                "example do not lie together; bring the examples to the front before flattening"
+            )
         self.sites.append(
             Site(ordinal, entry.name, (use.layer,), use.operand, result.dtype, sizes, expanded=batch is None)
         )
@@ -220,6 +244,14 @@ class Discover(TorchFunctionMode):
         if batch is not None and isinstance(use.layer, Contraction) and use.layer.bias is None:
             self.products[id(result)] = Product(result, len(self.sites) - 1)
         return result
+
+    def note_interleaving(self, func: Any, operand: Tensor, output: Tensor) -> None:
+        """Notices where an axis of examples is merged behind another one: [T, N, d] -> [T N, d]."""
+        before, after = self.examples.axis(operand), self.examples.axis(output)
+        if before is None or after is None:
+            return
+        if math.prod(operand.shape[:before]) > math.prod(output.shape[:after]):
+            self.interleaved = getattr(func, "__name__", str(func))
 
     def check_expanded(self, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
         """An axis of examples that a site was given must stay one axis: not be summed away, nor meet another one."""

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from curvlib.capture.discover import expand_examples
 from curvlib.capture.plan import Plan, Site
 from curvlib.errors import ArgumentError, CaptureError
-from curvlib.layers import TABLE
+from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.table import Entry
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Tree, flatten, unflatten
@@ -92,6 +92,9 @@ class Replay(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in REWRITES:
+            with self:
+                return REWRITES[func](*args, **kwargs)
         entry: Entry | None = TABLE.get(func)
         if entry is None:
             return func(*args, **kwargs)

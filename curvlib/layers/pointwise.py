@@ -53,6 +53,11 @@ def one_of(call: Inspection, input: object, other: object) -> tuple[Region | Non
     return (left, "other") if left is not None else (right, "input")
 
 
+@entry(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat, torch.tile, Tensor.tile)
+def expand(call: Inspection, input: Tensor, *sizes: object) -> Use | None:
+    return broadcast(call, None, call.region(input))
+
+
 @entry(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 def add(call: Inspection, input: Tensor, other: Tensor, *, alpha: float = 1) -> Use | None:
     region, _ = one_of(call, input, other)

@@ -93,3 +93,16 @@ def entry(*functions: Any) -> Callable[[Callable[..., Use | None]], Callable[...
         return match
 
     return register
+
+
+REWRITES: dict[Any, Callable[..., Any]] = {}
+
+
+def rewrite(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enters a function that computes the same as a torch function, in calls that the table knows."""
+
+    def register(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        REWRITES[function] = replacement
+        return replacement
+
+    return register

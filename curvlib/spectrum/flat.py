@@ -1,0 +1,108 @@
+"""An operator on pytrees as a function of flat vectors, which is what Krylov methods work on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlib.errors import ArgumentError
+from curvlib.operators import Operator, SolvedInverse, Sum
+from curvlib.pytree import Domain, Tree, flatten
+
+
+def domain_of(operator: Operator) -> Domain:
+    """The domain of an operator's vectors, as far as the operator knows it.
+
+    Raises:
+        ArgumentError: it knows the shapes of several leaves, but not the pytree they belong to.
+    """
+    match operator:
+        case Sum(terms=(first, *_)) | SolvedInverse(operator=first):
+            return domain_of(first)
+    domain = getattr(operator, "domain", None)  # of operators on params; blocks act on one tensor
+    if isinstance(domain, Domain):
+        return domain
+    if len(operator.shapes) == 1 and tuple(operator.parameters) == ("params",):
+        return Domain.of_tensor(operator.shapes[0])
+    raise ArgumentError(
+        f"{type(operator).__name__} does not say which pytree its {len(operator.shapes)} leaves belong to; "
+        "pass like=params"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """An operator on vectors [m, D], one a row, in the order of `ravel`; arithmetic on them is in ``dtype``."""
+
+    operator: Operator
+    domain: Domain
+    dtype: torch.dtype
+    device: torch.device
+    native: torch.dtype  # the operator's, which may be half precision
+    bar: tqdm[NoReturn]
+
+    @property
+    def size(self) -> int:
+        """The number D of rows."""
+        return self.operator.size
+
+    def unravel(self, rows: Tensor) -> Tree:
+        """Rows [m, D] as m vectors of the domain, stacked along a leading axis of every leaf."""
+        parts = rows.split([math.prod(shape) for shape in self.domain.shapes], dim=1)
+        shapes = ((len(rows), *shape) for shape in self.domain.shapes)
+        return self.domain.tree([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """The operator applied to each row of [m, D]."""
+        image = self.operator.matmat(self.unravel(rows.to(self.native)))
+        self.bar.update(len(rows))
+        return torch.cat([leaf.reshape(len(rows), -1) for leaf in self.domain.leaves(image, 1)], 1).to(self.dtype)
+
+    def like(self) -> Tensor:
+        """An empty tensor that has the dtype and the device of rows."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def signs(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rademacher vectors [count, D]: entries +-1, so that E[v v^T] = I and ||v||^2 = D."""
+        bits = torch.randint(2, (count, self.size), generator=generator, device=generator.device)
+        return (2 * bits - 1).to(device=self.device, dtype=self.dtype)
+
+
+@contextmanager
+def flattened(operator: Operator, like: Tree | None, *, products: int, label: str, progress: bool) -> Iterator[Flat]:
+    """The operator on flat vectors, with a progress bar that counts its products.
+
+    Raises:
+        ArgumentError: the operator does not say what its vectors are and ``like`` is missing, or they do not fit.
+    """
+    domain = domain_of(operator) if like is None else Domain.of(like)
+    if domain.shapes != operator.shapes:
+        raise ArgumentError(f"like has leaves of shapes {domain.shapes}, the operator's are {operator.shapes}")
+    leaves = flatten(operator if like is None else like)[0]
+    first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point)
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    with tqdm(total=products, desc=label, unit="product", disable=None if progress else True, leave=False) as bar:
+        yield Flat(operator, domain, dtype, first.device, first.dtype, bar)
+
+
+def chosen(generator: torch.Generator | None) -> torch.Generator:
+    """The generator given, or a fresh one with seed 0: the same draws each time."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+def at_least(least: int, **numbers: int) -> None:
+    """Refuses numbers that are too small.
+
+    Raises:
+        ArgumentError: names the first of them.
+    """
+    for name, number in numbers.items():
+        if number < least:
+            raise ArgumentError(f"{name} must be at least {least}, got {number}")
