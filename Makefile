@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test parity bench docs lint clean
+.PHONY: setup demo test parity models bench docs lint clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/dev $(STAMPS)/examples
@@ -23,6 +23,9 @@ test: $(STAMPS)/dev
 
 parity: $(STAMPS)/dev $(STAMPS)/bench
 	$(BIN)/python -m pytest -m parity tests/parity
+
+models: $(STAMPS)/dev $(STAMPS)/models
+	$(BIN)/python -m pytest -m models tests/models
 
 bench: $(STAMPS)/bench
 	$(BIN)/python bench/kfac_cost.py $(BENCH_FLAGS)
@@ -43,7 +46,7 @@ $(STAMPS)/torch: constraints.txt
 	$(INSTALL) $(TORCH_FLAGS) torch
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
+$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs $(STAMPS)/models: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
 	$(INSTALL) --editable ".[$*]"
 	touch $@
 
