@@ -5,7 +5,22 @@ Pure functions turn (model_fn, params, batch) into immutable curvature objects; 
 
 from curvlib import errors, pytree, spectrum
 from curvlib.capture import Plan, plan
-from curvlib.estimators import eigenvalue_correct, ekfac, kfac, over, tkfac
+from curvlib.estimators import (
+    Jacobian,
+    MatrixFree,
+    diagonal,
+    eigenvalue_correct,
+    ekfac,
+    fisher,
+    ggn,
+    gramian,
+    hessian,
+    jacobian,
+    kfac,
+    over,
+    solve,
+    tkfac,
+)
 from curvlib.functional import functional
 from curvlib.io import load, save
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
@@ -16,6 +31,7 @@ from curvlib.operators import (
     EigenKronecker,
     FactoredTikhonov,
     Kronecker,
+    LowRank,
     Operator,
     Projection,
     RelativeTikhonov,
@@ -24,14 +40,15 @@ from curvlib.operators import (
     Tikhonov,
     ema,
     merge_factors,
+    nearest_kronecker,
     sketch,
+    truncation_report,
 )
 from curvlib.pytree import ravel, unravel
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MSE",
     "BernoulliLogits",
     "BlockDiagonal",
     "CrossEntropy",
@@ -41,8 +58,12 @@ __all__ = [
     "EigenKronecker",
     "FactoredTikhonov",
     "Identity",
+    "Jacobian",
     "Kronecker",
     "Loss",
+    "LowRank",
+    "MSE",
+    "MatrixFree",
     "Operator",
     "Plan",
     "Projection",
@@ -50,21 +71,30 @@ __all__ = [
     "ScaledIdentity",
     "Sum",
     "Tikhonov",
+    "diagonal",
     "eigenvalue_correct",
     "ekfac",
     "ema",
     "errors",
+    "fisher",
     "functional",
+    "ggn",
+    "gramian",
+    "hessian",
+    "jacobian",
     "kfac",
     "load",
     "merge_factors",
+    "nearest_kronecker",
     "over",
     "plan",
     "pytree",
     "ravel",
     "save",
     "sketch",
+    "solve",
     "spectrum",
     "tkfac",
+    "truncation_report",
     "unravel",
 ]

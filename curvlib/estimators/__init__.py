@@ -7,7 +7,6 @@ from curvlib.estimators.exact import MatrixFree, fisher, ggn, gramian, hessian
 from curvlib.estimators.implicit import Implicit, ImplicitInverse, ImplicitSum, solve
 from curvlib.estimators.jacobian import Jacobian, TransposedJacobian, jacobian
 from curvlib.estimators.kfac import kfac
-from curvlib.estimators.stochastic import Estimate, estimate_diagonal, estimate_trace
 
 __all__ = [
     "MatrixFree",
@@ -22,9 +21,6 @@ __all__ = [
     "Jacobian",
     "TransposedJacobian",
     "jacobian",
-    "Estimate",
-    "estimate_diagonal",
-    "estimate_trace",
     "diagonal",
     "DataSet",
     "eigenvalue_correct",

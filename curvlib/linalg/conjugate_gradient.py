@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients on one tensor."""
+"""Preconditioned conjugate gradients, on one tensor or on many at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def conjugate_gradient(
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     tolerance: float = 1e-10,
     max_iterations: int = 1000,
+    stacked: bool = False,
 ) -> Tensor:
     """Solves M x = b for symmetric positive definite M, until ||b - M x|| <= tolerance ||b||.
 
@@ -26,32 +27,65 @@ def conjugate_gradient(
         preconditioner: r -> P r with P close to the inverse of M.
         tolerance: relative residual at which to stop.
         max_iterations: steps after which to give up.
+        stacked: the first axis counts systems. Each has steps of its own and leaves the stack when it is solved, so
+            ``matvec`` and ``preconditioner`` are given stacks that become shorter.
 
     Raises:
-        ConvergenceError: the tolerance was not reached.
+        ConvergenceError: the tolerance was not reached, or M is not positive definite.
 
     Example:
         >>> conjugate_gradient(lambda v: 2 * v, torch.tensor([2.0, 4.0]))
         tensor([1., 2.])
     """
-    x = torch.zeros_like(right_hand_side)
-    residual = right_hand_side
-    target = tolerance * right_hand_side.norm()
-    direction = torch.zeros_like(residual)
-    previous = torch.ones((), dtype=residual.dtype, device=residual.device)
-    for _ in range(max_iterations):
-        if residual.norm() <= target:
-            return x
+    if not stacked:
+        return conjugate_gradient(
+            lambda v: matvec(v[0])[None],
+            right_hand_side[None],
+            preconditioner=None if preconditioner is None else lambda r: preconditioner(r[0])[None],
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            stacked=True,
+        )[0]
+    solution = torch.zeros_like(right_hand_side)
+    sizes = inner(right_hand_side, right_hand_side).sqrt()
+    unsolved = torch.arange(len(right_hand_side), device=right_hand_side.device)
+    x, residual, direction, previous = solution, right_hand_side, solution, torch.ones_like(sizes)
+    for iteration in range(max_iterations + 1):
+        solved = inner(residual, residual).sqrt() <= tolerance * sizes[unsolved]
+        if solved.any():
+            solution = solution.index_copy(0, unsolved[solved], x[solved])
+            unsolved, x, residual, direction, previous = (
+                tensor[~solved] for tensor in (unsolved, x, residual, direction, previous)
+            )
+        if not len(unsolved):
+            return solution
+        if iteration == max_iterations:
+            break
         z = residual if preconditioner is None else preconditioner(residual)
-        inner = (residual * z).sum()
-        direction = z + (inner / previous) * direction
-        product = matvec(direction)
-        step = inner / (direction * product).sum()
-        x, residual, previous = x + step * direction, residual - step * product, inner
-    if residual.norm() <= target:
-        return x
-    relative = float(residual.norm() / right_hand_side.norm())
+        product = inner(residual, z)
+        direction = z + along(product / previous, direction)
+        image = matvec(direction)
+        curvature = inner(direction, image)
+        if not (curvature > 0).all():
+            raise ConvergenceError(
+                f"conjugate gradients met a direction v with v^T M v = {float(curvature.min()):.1e} after {iteration} "
+                "iterations: the operator is not positive definite; add damping"
+            )
+        step = product / curvature
+        x, residual, previous = x + along(step, direction), residual - along(step, image), product
+    relative = float((inner(residual, residual).sqrt() / sizes[unsolved]).amax())
+    which = f" in {len(unsolved)} of {len(sizes)} systems" if len(sizes) > 1 else ""
     raise ConvergenceError(
-        f"conjugate gradients reached a relative residual of {relative:.1e} after {max_iterations} iterations, not "
-        f"{tolerance:.1e}; add damping or use a preconditioner"
+        f"conjugate gradients reached a relative residual of {relative:.1e}{which} after {max_iterations} iterations, "
+        f"not {tolerance:.1e}; add damping or use a preconditioner"
     )
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of the members of two stacks, [k]."""
+    return (a * b).reshape(len(a), -1).sum(-1)
+
+
+def along(factors: Tensor, stack: Tensor) -> Tensor:
+    """Every member of a stack times its factor."""
+    return factors.reshape(-1, *(1,) * (stack.ndim - 1)) * stack

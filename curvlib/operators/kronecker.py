@@ -91,7 +91,7 @@ class Kronecker(MatrixBlock):
         return (self.left.square_norms() * self.right.square_norms()).sum().sqrt()
 
     def spectrum(self) -> Tensor:
-        return self.eigen().values.reshape(-1)
+        return self.eigen().spectrum()
 
     @remembered
     def eigen(self) -> EigenKronecker:
@@ -143,7 +143,8 @@ class EigenKronecker(MatrixBlock):
     """Q_L (l o (Q_L^T V Q_R)) Q_R^T: Kronecker eigenvectors with free eigenvalues l [m, n].
 
     A Kronecker product plus Tikhonov damping is one, and so is an eigenvalue-corrected curvature (George et al. 2018,
-    arXiv 1806.03884).
+    arXiv 1806.03884). A side with a basis of k vectors and the rest has k + 1 eigenvalues in place of d, of which the
+    last stands for d - k: its row or column of l is never spread out but to be applied to a vector.
 
     Args:
         left: the basis Q_L [*, m, m].
@@ -164,7 +165,7 @@ class EigenKronecker(MatrixBlock):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of a vector, [*, m, n]."""
-        return tuple(self.values.shape)
+        return (*self.values.shape[:-2], self.left.width, self.right.width)
 
     def analyse(self, v: Tensor) -> Tensor:
         """Q_L^T V Q_R: the coordinates of V."""
@@ -174,28 +175,37 @@ class EigenKronecker(MatrixBlock):
         """Q_L C Q_R^T: the matrix with coordinates C."""
         return self.right.synthesise_right(self.left.synthesise_left(c))
 
+    def spread(self, values: Tensor) -> Tensor:
+        """One number a coordinate, from one an eigenvalue."""
+        return self.left.spread(self.right.spread(values).mT).mT
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of one number an eigenvalue over the spectrum, a 0-d tensor."""
+        return self.left.total(self.right.total(values)).sum()
+
     def apply(self, vectors: Tensor, leading: int) -> Tensor:
         check_shape(vectors, leading, self.shape)
-        return self.synthesise(self.values * self.analyse(vectors))
+        return self.synthesise(self.spread(self.values) * self.analyse(vectors))
 
     def to_dense(self) -> Tensor:
         *front, m, n = self.shape
         unit = torch.eye(m * n, dtype=self.values.dtype, device=self.values.device)
         stacked = unit.reshape(m * n, *(1,) * len(front), m, n).expand(m * n, *front, m, n)
-        columns = self.synthesise(self.values * self.analyse(stacked)).reshape(m * n, -1, m * n)
+        columns = self.synthesise(self.spread(self.values) * self.analyse(stacked)).reshape(m * n, -1, m * n)
         return torch.block_diag(*columns.unbind(1))
 
     def diag(self) -> Tensor:
         return self.right.square_right(self.left.square_left(self.values))
 
     def trace(self) -> Tensor:
-        return self.values.sum()
+        return self.total(self.values)
 
     def frobenius_norm(self) -> Tensor:
-        return self.values.square().sum().sqrt()
+        return self.total(self.values.square()).sqrt()
 
     def spectrum(self) -> Tensor:
-        return self.values.reshape(-1)
+        m, n = self.shape[-2:]
+        return self.spread(self.values)[..., :m, :n].reshape(-1)
 
     def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenKronecker:
         return EigenKronecker(self.left, self.right, fn(self.values))
@@ -206,7 +216,7 @@ class EigenKronecker(MatrixBlock):
 
     def raised(self, exponent: float, *, damped: bool) -> EigenKronecker:
         values = powers(self.values.flatten(-2), exponent, damped=damped)
-        return EigenKronecker(self.left, self.right, values.reshape(self.shape))
+        return EigenKronecker(self.left, self.right, values.reshape(self.values.shape))
 
     def scaled(self, factor: float | Tensor) -> EigenKronecker:
         return EigenKronecker(self.left, self.right, factor * self.values)
@@ -215,5 +225,5 @@ class EigenKronecker(MatrixBlock):
         return None
 
     def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
-        root = powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.shape)
-        return self.synthesise(root * normal(self.values, generator, n))
+        root = self.spread(powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.values.shape))
+        return self.synthesise(root * normal(root, generator, n))

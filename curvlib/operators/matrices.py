@@ -33,8 +33,16 @@ class Matrix(Operator):
         """Diag M, [*, d]."""
 
     @abstractmethod
+    def traces(self) -> Tensor:
+        """Tr M, [*]."""
+
+    @abstractmethod
     def square_norms(self) -> Tensor:
         """||M||_F^2, [*]."""
+
+    @abstractmethod
+    def inner(self, other: Matrix) -> Tensor:
+        """Tr(M N) with another matrix on the same vectors, [*]."""
 
     @abstractmethod
     def eigen(self) -> Eigen:
@@ -53,10 +61,6 @@ class Matrix(Operator):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return (self.shape,)
 
-    def traces(self) -> Tensor:
-        """Tr M, [*]."""
-        return self.diagonals().sum(-1)
-
     def apply(self, vectors: Tensor, leading: int) -> Tensor:
         if tuple(vectors.shape[leading:]) != self.shape:
             raise ShapeError(f"expected a vector of shape {self.shape}, got {tuple(vectors.shape[leading:])}")
@@ -70,19 +74,19 @@ class Matrix(Operator):
         return self.diagonals()
 
     def trace(self) -> Tensor:
-        return self.diagonals().sum()
+        return self.traces().sum()
 
     def frobenius_norm(self) -> Tensor:
         return self.square_norms().sum().sqrt()
 
     def spectrum(self) -> Tensor:
-        return self.eigen().values.reshape(-1)
+        eigen = self.eigen()
+        return eigen.basis.spread(eigen.values)[..., : eigen.basis.width].reshape(-1)
 
     def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
         eigen = self.eigen()
-        noise = normal(eigen.values, generator, n)
-        scaled = powers(eigen.values, 0.5, damped=False) * noise
-        return eigen.basis.synthesise_right(scaled.unsqueeze(-2)).squeeze(-2)
+        root = eigen.basis.spread(powers(eigen.values, 0.5, damped=False))
+        return eigen.basis.synthesise_right((root * normal(root, generator, n)).unsqueeze(-2)).squeeze(-2)
 
     def mean_eigenvalue(self) -> Tensor:
         """Tr M / d over all groups."""
@@ -130,8 +134,14 @@ class Dense(Matrix):
     def diagonals(self) -> Tensor:
         return self.matrix.diagonal(dim1=-2, dim2=-1)
 
+    def traces(self) -> Tensor:
+        return self.diagonals().sum(-1)
+
     def square_norms(self) -> Tensor:
         return self.matrix.square().sum((-2, -1))
+
+    def inner(self, other: Matrix) -> Tensor:
+        return (self.matrix * other.matrices()).sum((-2, -1))
 
     @remembered
     def eigen(self) -> Eigen:
@@ -184,8 +194,14 @@ class Diagonal(Matrix):
     def diagonals(self) -> Tensor:
         return self.values
 
+    def traces(self) -> Tensor:
+        return self.values.sum(-1)
+
     def square_norms(self) -> Tensor:
         return self.values.square().sum(-1)
+
+    def inner(self, other: Matrix) -> Tensor:
+        return (self.values * other.diagonals()).sum(-1)
 
     def eigen(self) -> Eigen:
         return Eigen(CanonicalBasis(self.values.shape[-1]), self.values)
@@ -238,8 +254,14 @@ class ScaledIdentity(Matrix):
     def diagonals(self) -> Tensor:
         return self.scale[(..., *(None,) * len(self.vector))].expand(*self.scale.shape, *self.vector)
 
+    def traces(self) -> Tensor:
+        return self.diagonals().sum(-1)
+
     def square_norms(self) -> Tensor:
         return self.diagonals().square().sum(-1)
+
+    def inner(self, other: Matrix) -> Tensor:
+        return (self.diagonals() * other.diagonals()).sum(-1)
 
     def eigen(self) -> Eigen:
         return Eigen(CanonicalBasis(self.vector[-1]), self.diagonals())
@@ -277,25 +299,31 @@ class Eigen(Matrix):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
+        return (*self.values.shape[:-1], self.basis.width)
 
     def left(self, v: Tensor) -> Tensor:
-        return self.basis.synthesise_left(self.values.unsqueeze(-1) * self.basis.analyse_left(v))
+        return self.basis.synthesise_left(self.basis.spread(self.values).unsqueeze(-1) * self.basis.analyse_left(v))
 
     def right(self, v: Tensor) -> Tensor:
-        return self.basis.synthesise_right(self.basis.analyse_right(v) * self.values.unsqueeze(-2))
+        return self.basis.synthesise_right(self.basis.analyse_right(v) * self.basis.spread(self.values).unsqueeze(-2))
 
     def diagonals(self) -> Tensor:
         return self.basis.square_right(self.values.unsqueeze(-2)).squeeze(-2)
 
+    def traces(self) -> Tensor:
+        return self.basis.total(self.values)
+
     def square_norms(self) -> Tensor:
-        return self.values.square().sum(-1)
+        return self.basis.total(self.values.square())
+
+    def inner(self, other: Matrix) -> Tensor:
+        return (self.matrices() * other.matrices()).sum((-2, -1))
 
     def eigen(self) -> Eigen:
         return self
 
     def matrices(self) -> Tensor:
-        return self.left(torch.eye(self.values.shape[-1], dtype=self.values.dtype, device=self.values.device))
+        return self.left(torch.eye(self.basis.width, dtype=self.values.dtype, device=self.values.device))
 
     def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
         return Eigen(self.basis, fn(self.values))

@@ -2,7 +2,7 @@
 
 from curvlib.spectrum.density import Density, density
 from curvlib.spectrum.eigenpairs import Eigenpairs, top_eigenvalues
-from curvlib.spectrum.estimates import Estimate, trace
+from curvlib.spectrum.estimates import Estimate, diagonal, trace
 from curvlib.spectrum.plots import plot_comparison, plot_density, plot_top_eigenvalues
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "density",
+    "diagonal",
     "plot_comparison",
     "plot_density",
     "plot_top_eigenvalues",

@@ -13,28 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlib.errors import ArgumentError
-from curvlib.operators import Operator, SolvedInverse, Sum
-from curvlib.pytree import Domain, Tree, flatten
-
-
-def domain_of(operator: Operator) -> Domain:
-    """The domain of an operator's vectors, as far as the operator knows it.
-
-    Raises:
-        ArgumentError: it knows the shapes of several leaves, but not the pytree they belong to.
-    """
-    match operator:
-        case Sum(terms=(first, *_)) | SolvedInverse(operator=first):
-            return domain_of(first)
-    domain = getattr(operator, "domain", None)  # of operators on params; blocks act on one tensor
-    if isinstance(domain, Domain):
-        return domain
-    if len(operator.shapes) == 1 and tuple(operator.parameters) == ("params",):
-        return Domain.of_tensor(operator.shapes[0])
-    raise ArgumentError(
-        f"{type(operator).__name__} does not say which pytree its {len(operator.shapes)} leaves belong to; "
-        "pass like=params"
-    )
+from curvlib.operators import Operator
+from curvlib.operators.lazy import domain_of
+from curvlib.pytree import Domain, Tree, flatten, unravel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +39,10 @@ class Flat:
         parts = rows.split([math.prod(shape) for shape in self.domain.shapes], dim=1)
         shapes = ((len(rows), *shape) for shape in self.domain.shapes)
         return self.domain.tree([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
+
+    def vector(self, row: Tensor) -> Tree:
+        """A row [D] as a vector of the domain."""
+        return unravel(row, self.domain.tree([row.new_zeros(()).expand(shape) for shape in self.domain.shapes]))
 
     def matmat(self, rows: Tensor) -> Tensor:
         """The operator applied to each row of [m, D]."""

@@ -96,7 +96,8 @@ def test_an_undamped_sum_is_decomposed_once(kind: str, data: st.DataObject) -> N
         operator.power(0.5), operator.inverse(), operator.logdet(), operator.eigenvalues()
         operator.map_eigenvalues(torch.exp)
 
-    assert eigendecompositions(derive) == 1
+    assert eigendecompositions(derive) <= 3  # of the dense matrix, and of both sides for a direct inverse
+    assert eigendecompositions(derive) == 0
 
 
 @every_kind

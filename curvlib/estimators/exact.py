@@ -1,0 +1,275 @@
+"""Exact curvature operators, matrix-free: GGN, Hessian, Fisher and Gramian of the reduced objective.
+
+With outputs f_n, terms l(f_n, y_n) and the loss's normalizer c (see `curvlib.losses.Loss`),
+
+    GGN      1/c sum_n J_n^T H_n J_n,  H_n the Hessian of term n in f_n;
+    Fisher   1/c sum_n J_n^T E[s s^T] J_n,  s gradients of term n at drawn (mc), all (type-2) or given targets;
+    Hessian  1/c sum_n of the Hessians of l(f_n(params), y_n) in params;
+    Gramian  sum_n J_n^T J_n,
+
+after Schraudolph (2002) and Martens (2020, arXiv 1412.1193). A product walks through the data once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.capture.engines import ModelFn
+from curvlib.errors import ArgumentError
+from curvlib.estimators.data import Batch, DataSet
+from curvlib.estimators.implicit import Implicit
+from curvlib.estimators.kinds import Draws, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
+from curvlib.estimators.linearization import Leaves, choose, each, on_leaves, twice_differentiable
+from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, detached, first_batch
+from curvlib.linalg.gram import full_precision
+from curvlib.losses import CrossEntropy, Loss
+from curvlib.pytree import Domain, Tree, flatten, register, static
+
+KINDS = ("mc", "empirical", "type-2")
+
+
+@register
+class MatrixFree(Implicit):
+    """A curvature whose products are taken by automatic differentiation, batch by batch.
+
+    Made by `ggn`, `hessian`, `fisher` and `gramian`.
+
+    Args:
+        params: where the curvature is taken.
+        source: the data.
+        scale: 0-d tensor, a factor.
+        model_fn: pure function (params, inputs) -> outputs.
+        kind: which curvature.
+        mode: how products are differentiated, "forward" or "reverse".
+        width: how many stacked vectors are multiplied at a time.
+    """
+
+    params: Tree
+    source: Source
+    scale: Tensor
+    model_fn: ModelFn = static()
+    kind: Kind = static()
+    mode: str = static()
+    width: int = static()
+
+    @property
+    def domain(self) -> Domain:
+        return Domain.of(self.params)
+
+    @property
+    def like(self) -> Tensor:
+        return full_precision(flatten(self.params)[0][0])
+
+    def apply(self, vectors: Tree, leading: int) -> Tree:
+        domain, params = self.domain, flatten(self.params)[0]
+        leaves = domain.leaves(vectors, leading)
+        number = math.prod(leaves[0].shape[:leading])
+        stack = [v.reshape(number, *x.shape).to(x.dtype) for v, x in zip(leaves, params, strict=True)]
+        total: Leaves = []
+        normalizer = torch.zeros_like(self.scale)
+        for batch in self.source.batches():
+            part, count = multiply(self.kind, self.model_fn, self.params, batch, stack, (self.mode, self.width))
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
+            normalizer = normalizer + count
+        scale = self.scale if self.kind.reduction == "sum" else self.scale / normalizer
+        return domain.tree([(scale * x).to(v.dtype).reshape(v.shape) for x, v in zip(total, leaves, strict=True)])
+
+    def scaled(self, factor: float | Tensor) -> MatrixFree:
+        return dataclasses.replace(self, scale=factor * self.scale)
+
+
+def multiply(
+    kind: Kind,
+    model_fn: ModelFn,
+    params: Tree,
+    batch: tuple[Any, Any, Draws],
+    stack: Leaves,
+    how: tuple[str, int],
+) -> tuple[Leaves, Tensor]:
+    """One batch's unreduced curvature times k stacked vectors (leaves [k, *shape]), and the batch's normalizer."""
+    inputs, targets, draws = batch
+    mode, width = how
+    fn = on_leaves(model_fn, Domain.of(params), inputs)
+    with twice_differentiable():
+        product, count = kind.product(fn, flatten(params)[0], targets, draws, mode)
+        return [full_precision(x) for x in each(product, stack, width)], count
+
+
+def matrix_free(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    kind: Kind,
+    mode: str | None,
+    generator: torch.Generator | None = None,
+) -> MatrixFree:
+    """The operator of a kind, once one product with zero vectors has shown how to differentiate the model."""
+    domain, params = Domain.of(params), detached(params)
+    leaves = flatten(params)[0]
+    streamed = None
+    if isinstance(batch, DataSet):
+        streamed = Streamed(Walk.of(batch, generator))
+        generator = streamed.walk.restarted()
+    inputs, targets = first_batch(batch)
+    tensors, frame = Frame.split((inputs, targets))
+    inputs, targets = frame.fill(tensors)
+    vectors = None
+    if generator is not None and isinstance(kind, SampledFisher):
+        with torch.no_grad():
+            outputs = on_leaves(model_fn, domain, inputs)(leaves)
+        kind.normalizer(outputs, targets)  # checks the targets
+        vectors = kind.vectors(outputs, targets, generator)
+
+    def trial(mode: str, k: int) -> None:
+        zeros = [x.new_zeros(k, *x.shape) for x in leaves]
+        multiply(kind, model_fn, params, (inputs, targets, vectors), zeros, (mode, k))
+
+    chosen, width = choose(trial, mode)
+    source: Source = Held(tensors, vectors, frame) if streamed is None else streamed
+    one = full_precision(leaves[0]).new_ones(())
+    return MatrixFree(params, source, one, model_fn, kind, chosen, width)
+
+
+def ggn(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    mode: str | None = None,
+) -> MatrixFree:
+    """The generalized Gauss-Newton matrix of the reduced objective, exact and matrix-free.
+
+    A product takes one forward pass with tangents, one without, and one backward pass; stacked vectors (`matmat`)
+    share the forward passes. Attention runs by its formula, as fused kernels cannot be differentiated twice.
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs [N, ...].
+        params: pytree of floating-point tensors.
+        batch: (inputs, targets) with N examples, or a whole data set `over` a loader that can be read again: every
+            product walks through it.
+        loss: the objective.
+        mode: how products are differentiated: "forward" uses forward mode, "reverse" differentiates the backward pass.
+            None: forward, unless a product with zero vectors on the (first) batch fails, made when the operator is.
+
+    Returns:
+        An operator on ``params``. What needs its entries or eigenvalues (`diag`, `trace`, `power`, `sample`, ...) goes
+        through the dense matrix, up to 2048 parameters; `inverse` solves by conjugate gradients (see `solve`).
+
+    Raises:
+        TargetError: the targets do not fit the loss.
+        EmptyBatchError: there is no example.
+        ArgumentError: a loader that can be read only once; an unknown mode.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> curv = ggn(model_fn, params, (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])))
+        >>> (curv @ params)["weight"].shape, curv.to_dense().shape
+        (torch.Size([2, 3]), torch.Size([8, 8]))
+    """
+    return matrix_free(model_fn, params, batch, LossHessian(loss), mode)
+
+
+def hessian(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    mode: str | None = None,
+) -> MatrixFree:
+    """The Hessian of the reduced objective in the parameters, exact and matrix-free; it may be indefinite.
+
+    Products differentiate the gradient, in forward mode where the model has one (see `ggn` for all arguments).
+
+    Raises:
+        TargetError: the targets do not fit the loss.
+        EmptyBatchError: there is no example.
+        ArgumentError: a loader that can be read only once; an unknown mode.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> curv = hessian(model_fn, params, (torch.randn(5, 3), torch.randn(5, 2)), loss=cv.MSE())
+        >>> bool(curv.quadratic(params) > 0)
+        True
+    """
+    return matrix_free(model_fn, params, batch, SecondDerivative(loss), mode)
+
+
+def fisher(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch | DataSet,
+    *,
+    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+    kind: str = "mc",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    mode: str | None = None,
+) -> MatrixFree:
+    """The Fisher information of the reduced objective, exact and matrix-free.
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs [N, ...].
+        params: pytree of floating-point tensors.
+        batch: (inputs, targets), or a whole data set `over` a loader that can be read again, in the same order if
+            targets are drawn.
+        loss: the objective.
+        kind: ``type-2``: the expectation over targets of the model's likelihood, which equals the GGN; ``mc``: the
+            mean over ``mc_samples`` drawn targets an example, drawn once when the operator is made; ``empirical``: the
+            given targets.
+        mc_samples: draws an example for ``mc``.
+        generator: randomness for ``mc``; None means a fresh generator with seed 0.
+        mode: see `ggn`.
+
+    Raises:
+        ArgumentError: an unknown kind, no draw, a loader that can be read only once or that shuffles under ``mc``.
+        TargetError: the targets do not fit the loss.
+        EmptyBatchError: there is no example.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> batch = (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        >>> curv = fisher(model_fn, params, batch, kind="empirical")
+        >>> int(torch.linalg.matrix_rank(curv.to_dense())) <= 5
+        True
+    """
+    if kind not in KINDS:
+        raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if mc_samples < 1:
+        raise ArgumentError(f"mc_samples must be at least 1, got {mc_samples}")
+    if kind == "type-2":
+        return matrix_free(model_fn, params, batch, LossHessian(loss), mode)
+    if kind == "mc" and generator is None:
+        Domain.of(params)
+        generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
+    return matrix_free(
+        model_fn, params, batch, SampledFisher(loss, mc_samples), mode, generator if kind == "mc" else None
+    )
+
+
+def gramian(model_fn: ModelFn, params: Tree, batch: Batch | DataSet, *, mode: str | None = None) -> MatrixFree:
+    """The Gramian J^T J of the model's outputs, summed over examples: the GGN with the loss Hessian I.
+
+    The batch's targets are not looked at; see `ggn` for the arguments.
+
+    Raises:
+        EmptyBatchError: the data set holds no batch.
+        ArgumentError: a loader that can be read only once; an unknown mode.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 1, bias=False))
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(gramian(model_fn, params, (x, None)).to_dense(), x.T @ x, atol=1e-5)
+        True
+    """
+    return matrix_free(model_fn, params, batch, Unweighted(), mode)

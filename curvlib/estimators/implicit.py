@@ -1,0 +1,292 @@
+"""Operators that are known by their products alone: their sums, their damping, and systems with them.
+
+What needs every entry or the eigenvalues goes through the dense matrix, up to `MAX_DENSE` rows. Beyond that the
+products remain, and with them sums, damping and inverses by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from curvlib.errors import ArgumentError
+from curvlib.linalg.conjugate_gradient import conjugate_gradient
+from curvlib.operators import BlockDiagonal, Damping, Dense, FactoredTikhonov, Layout, Operator, Region, Tikhonov
+from curvlib.operators.base import remembered
+from curvlib.operators.damping import as_damping, shift
+from curvlib.pytree import Domain, Tree, flatten, ravel, register, scale, static, tree_map, unflatten, unravel
+
+MAX_DENSE = 2048  # the most rows for which the dense matrix is made to get at entries and eigenvalues
+ELEMENTS_AT_ONCE = 1 << 26  # of stacked vectors that are multiplied together
+
+
+def ravel_rows(vectors: Tree) -> Tensor:
+    """Vectors stacked along the leading axis of every leaf, as rows [k, D] in the order of `ravel`."""
+    return torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in flatten(vectors)[0]], 1)
+
+
+def unravel_rows(rows: Tensor, domain: Domain) -> Tree:
+    """The inverse of `ravel_rows`."""
+    parts = rows.split([math.prod(shape) for shape in domain.shapes], 1)
+    return domain.tree([part.reshape(-1, *shape) for part, shape in zip(parts, domain.shapes, strict=True)])
+
+
+class Implicit(Operator):
+    """An operator on pytrees that is known by its products.
+
+    Subclasses implement `apply`, `scaled` and the two properties below.
+    """
+
+    @abstractmethod
+    def scaled(self, factor: float | Tensor) -> Implicit:
+        """Factor times the operator."""
+
+    @property
+    @abstractmethod
+    def domain(self) -> Domain:
+        """Structure, names and shapes of the parameters."""
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """Some tensor that has the dtype and the device of a vector."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return self.domain.shapes
+
+    @property
+    def blocks(self) -> Mapping[str, Operator]:
+        return {"params": self}
+
+    @property
+    def parameters(self) -> Mapping[str, tuple[str, ...]]:
+        return dict.fromkeys(self.domain.names, ("params",))
+
+    # --- sums, damping and inverses ------------------------------------------------------------------------------
+
+    def plus(self, other: Operator) -> Operator:
+        terms = other.terms if isinstance(other, ImplicitSum) else (other,)
+        shifts = other.shift if isinstance(other, ImplicitSum) else self.like.new_zeros(())
+        return ImplicitSum((self, *terms), shifts)
+
+    def damp(self, damping: Damping | float | Tensor) -> ImplicitSum:
+        """The operator plus damping; only damping relative to the mean eigenvalue needs the trace."""
+        damping = as_damping(damping)
+        absolute = isinstance(damping, Tikhonov) or (isinstance(damping, FactoredTikhonov) and not damping.relative)
+        strength = damping.strength if absolute else shift(damping, self.trace() / self.size)
+        return ImplicitSum((self,), self.like.new_zeros(()) + strength)
+
+    def raised(self, exponent: float, *, damped: bool) -> Operator:
+        if exponent == 1:
+            return self
+        if exponent == -1:
+            return ImplicitInverse(self)
+        return self.dense("powers", "curv.inverse(damping)").raised(exponent, damped=damped)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        # unlike factors, data may hold integers, which keep their dtype
+        moved: Self = tree_map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None), self)
+        return moved
+
+    # --- by way of the dense matrix --------------------------------------------------------------------------------
+
+    def to_dense(self) -> Tensor:
+        step = max(1, ELEMENTS_AT_ONCE // self.size)
+        one = self.like.new_ones(())
+        columns = torch.arange(self.size, device=one.device)
+        parts = []
+        for numbers in columns.split(step):
+            rows = (numbers.unsqueeze(1) == columns).to(one.dtype)
+            parts.append(ravel_rows(self.apply(unravel_rows(rows, self.domain), 1)))
+        return torch.cat(parts)
+
+    @remembered
+    def matrix(self) -> BlockDiagonal:
+        """The same operator as one dense block."""
+        wholes = [Region.whole(i, shape) for i, shape in enumerate(self.shapes)]
+        layout = Layout(tuple(region.reshape(region.numel) for region in wholes))
+        dense = self.to_dense()
+        return BlockDiagonal({"params": Dense((dense + dense.mT) / 2)}, (("params", layout),), self.domain)
+
+    def dense(self, what: str, instead: str) -> BlockDiagonal:
+        """The same operator as one dense block, where it is small enough.
+
+        Raises:
+            ArgumentError: it has more than `MAX_DENSE` rows; says what to do instead.
+        """
+        if self.size > MAX_DENSE:
+            raise ArgumentError(
+                f"an operator known by its products alone gives its {what} by way of the dense matrix, up to "
+                f"{MAX_DENSE} parameters; this one has {self.size}: use {instead}"
+            )
+        matrix: BlockDiagonal = self.matrix()
+        return matrix
+
+    def diag(self) -> Tree:
+        return self.dense("diagonal", "cv.spectrum.diagonal(operator), or cv.diagonal").diag()
+
+    def trace(self) -> Tensor:
+        return self.dense("trace", "cv.spectrum.trace(operator)").trace()
+
+    def frobenius_norm(self) -> Tensor:
+        instead = "the root of the mean of |operator @ z|^2 over vectors z of random signs"
+        return self.dense("Frobenius norm", instead).frobenius_norm()
+
+    def spectrum(self) -> Tensor:
+        return self.dense("eigenvalues", "cv.spectrum.top_eigenvalues or cv.spectrum.density").spectrum()
+
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Operator:
+        return self.dense("eigenvalues", "curv.inverse(damping), or an approximation (cv.kfac)").map_eigenvalues(fn)
+
+    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
+        return self.dense("samples", "an approximation that has factors (cv.kfac)").sample(generator, n)
+
+
+@register
+class ImplicitSum(Implicit):
+    """The exact sum of operators on the same pytrees and a multiple of the identity: T_1 + T_2 + ... + shift I.
+
+    Args:
+        terms: the operators; the first is an `Implicit` one.
+        shift: 0-d tensor.
+
+    Example:
+        >>> import curvlib as cv
+        >>> from curvlib.estimators import ggn
+        >>> model_fn, params = cv.functional(torch.nn.Linear(2, 1))
+        >>> batch = (torch.randn(5, 2), torch.randn(5, 1))
+        >>> total = ggn(model_fn, params, batch, loss=cv.MSE()) + cv.kfac(model_fn, params, batch, loss=cv.MSE())
+        >>> torch.allclose(total.damp(0.5).trace(), total.trace() + 0.5 * 3)
+        True
+    """
+
+    terms: tuple[Operator, ...]
+    shift: Tensor
+
+    @property
+    def domain(self) -> Domain:
+        first = self.terms[0]
+        assert isinstance(first, Implicit)
+        return first.domain
+
+    @property
+    def like(self) -> Tensor:
+        return self.shift
+
+    def apply(self, vectors: Tree, leading: int) -> Tree:
+        total = scale(self.shift, self.domain.tree(self.domain.leaves(vectors, leading)))
+        for term in self.terms:
+            total = tree_map(torch.add, total, term.apply(vectors, leading))
+        return total
+
+    def scaled(self, factor: float | Tensor) -> ImplicitSum:
+        return ImplicitSum(tuple(term.scaled(factor) for term in self.terms), factor * self.shift)
+
+
+@register
+class ImplicitInverse(Implicit):
+    """The inverse of an operator: every product solves a system by conjugate gradients. See `solve`.
+
+    Args:
+        operator: what is to be inverted; positive definite.
+        preconditioner: an approximation of its inverse.
+        tolerance: relative residual at which to stop.
+        max_iterations: products with the operator after which to give up.
+    """
+
+    operator: Implicit
+    preconditioner: Operator | None = None
+    tolerance: float = static(default=1e-8)
+    max_iterations: int = static(default=1000)
+
+    @property
+    def domain(self) -> Domain:
+        return self.operator.domain
+
+    @property
+    def like(self) -> Tensor:
+        return self.operator.like
+
+    def apply(self, vectors: Tree, leading: int) -> Tree:
+        leaves = self.domain.leaves(vectors, leading)
+        if leading == 0:
+            return self.solve(self.domain.tree(leaves))
+        solved = [flatten(self.apply(self.domain.tree(row), leading - 1))[0] for row in zip(*leaves, strict=True)]
+        return self.domain.tree([torch.stack(column) for column in zip(*solved, strict=True)])
+
+    def solve(self, vector: Tree) -> Tree:
+        """One system."""
+        return solve(
+            self.operator,
+            vector,
+            preconditioner=self.preconditioner,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+        )
+
+    def scaled(self, factor: float | Tensor) -> ImplicitInverse:
+        preconditioner = None if self.preconditioner is None else self.preconditioner.scaled(factor)
+        return dataclasses.replace(self, operator=self.operator.scaled(1 / factor), preconditioner=preconditioner)
+
+
+def solve(
+    operator: Operator,
+    vector: Tree,
+    *,
+    preconditioner: Operator | None = None,
+    tolerance: float = 1e-8,
+    max_iterations: int = 1000,
+) -> Tree:
+    """Solves operator x = vector by preconditioned conjugate gradients (Hestenes & Stiefel 1952).
+
+    The operator must be positive definite: damp it first. Each iteration takes one product with the operator and one
+    with the preconditioner.
+
+    Args:
+        operator: any operator.
+        vector: a vector of its domain.
+        preconditioner: an operator close to the inverse, such as ``cv.kfac(...).inverse(damping)``.
+        tolerance: relative residual ||vector - operator x|| / ||vector|| at which to stop.
+        max_iterations: iterations after which to give up.
+
+    Returns:
+        x, a pytree like the vector.
+
+    Raises:
+        ConvergenceError: the tolerance was not reached.
+        ArgumentError: a tolerance that is not positive, or no iteration.
+
+    Example:
+        >>> import curvlib as cv
+        >>> from curvlib.estimators import ggn
+        >>> model_fn, params = cv.functional(torch.nn.Linear(2, 1))
+        >>> batch = (torch.randn(5, 2), torch.randn(5, 1))
+        >>> curv = ggn(model_fn, params, batch, loss=cv.MSE()).damp(0.1)
+        >>> x = solve(curv, params, preconditioner=cv.kfac(model_fn, params, batch, loss=cv.MSE()).inverse(0.1))
+        >>> torch.allclose(cv.ravel(curv @ x), cv.ravel(params), atol=1e-5)
+        True
+    """
+    if not tolerance > 0 or max_iterations < 1:
+        raise ArgumentError(
+            f"the tolerance must be positive and max_iterations at least 1, got {tolerance} and {max_iterations}"
+        )
+    structure = flatten(vector)[1]
+
+    def flat(factor: Operator) -> Callable[[Tensor], Tensor]:
+        return lambda v: ravel(factor.apply(unravel(v, vector), 0))
+
+    solution = conjugate_gradient(
+        flat(operator),
+        ravel(vector),
+        preconditioner=None if preconditioner is None else flat(preconditioner),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return unflatten(structure, flatten(unravel(solution, vector))[0])

@@ -1,0 +1,153 @@
+"""The Jacobian of a model's output by its parameters, as a linear map that is applied without being formed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.capture.engines import ModelFn
+from curvlib.errors import ShapeError
+from curvlib.estimators.linearization import Linearization, choose, each, linearize, on_leaves, twice_differentiable
+from curvlib.estimators.source import Frame, detached
+from curvlib.pytree import Domain, Tree, flatten, register, static
+
+
+def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None = None) -> Jacobian:
+    """The derivative of a model's output by its parameters, as a linear map from params to outputs.
+
+    Nothing is formed: ``jacobian @ v`` takes one forward pass with tangents, ``jacobian.T @ u`` one backward pass.
+
+    Args:
+        model_fn: pure function (params, inputs) -> one tensor.
+        params: pytree of floating-point tensors.
+        inputs: pytree, passed on as it is.
+        mode: "forward", "reverse" (see `ggn`), or None: forward unless a first product with
+            a zero vector fails.
+
+    Returns:
+        A `Jacobian`.
+
+    Raises:
+        PytreeError, DtypeError: the parameters are not floating-point tensors.
+        CaptureError: the model does not return one tensor.
+        ArgumentError: an unknown mode.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> J = jacobian(model_fn, params, torch.randn(5, 3))
+        >>> (J @ params).shape, (J.T @ torch.ones(5, 2))["weight"].shape
+        (torch.Size([5, 2]), torch.Size([2, 3]))
+    """
+    params, domain = detached(params), Domain.of(params)
+    tensors, frame = Frame.split(inputs)
+    fn, leaves = on_leaves(model_fn, domain, frame.fill(tensors)), flatten(params)[0]
+    value = fn(leaves)
+
+    def trial(mode: str, k: int) -> None:
+        with twice_differentiable():
+            line = linearize(fn, leaves, mode)
+            each(lambda v: line.pull(line.push(v)), [x.new_zeros(k, *x.shape) for x in leaves], k)
+
+    chosen, width = choose(trial, mode)
+    return Jacobian(params, tensors, model_fn, domain, frame, tuple(value.shape), chosen, width)
+
+
+@register
+class Jacobian:
+    """The linear map params -> outputs that `jacobian` returns; its transpose is ``.T``."""
+
+    params: Tree
+    tensors: tuple[Tensor, ...]
+    model_fn: ModelFn = static()
+    domain: Domain = static()
+    frame: Frame = static()
+    output_shape: tuple[int, ...] = static()
+    mode: str = static()
+    width: int = static()
+
+    def linearization(self) -> Linearization:
+        """The model around its parameters."""
+        fn = on_leaves(self.model_fn, self.domain, self.frame.fill(self.tensors))
+        return linearize(fn, flatten(self.params)[0], self.mode)
+
+    def matmat(self, vectors: Tree) -> Tensor:
+        """J v for k vectors stacked along a leading axis of every leaf: [k, *outputs.shape].
+
+        Raises:
+            PytreeError, ShapeError: these are not vectors of params; the message names the leaf.
+        """
+        stack = [v.to(x.dtype) for v, x in zip(self.domain.leaves(vectors, 1), flatten(self.params)[0], strict=True)]
+        with twice_differentiable():
+            product: Tensor = each(self.linearization().push, stack, self.width)
+        return product
+
+    def matvec(self, v: Tree) -> Tensor:
+        """J v, in the shape of the outputs."""
+        leaves = self.domain.leaves(v)
+        return self.matmat(self.domain.tree([leaf.unsqueeze(0) for leaf in leaves])).squeeze(0)
+
+    def __matmul__(self, v: Tree) -> Tensor:
+        return self.matvec(v)
+
+    @property
+    def T(self) -> TransposedJacobian:  # noqa: N802 (as tensors call it)
+        """The transpose, a linear map from outputs to params."""
+        return TransposedJacobian(self)
+
+    def transpose(self) -> TransposedJacobian:
+        """The transpose, a linear map from outputs to params."""
+        return TransposedJacobian(self)
+
+    def to_dense(self) -> Tensor:
+        """The matrix [number of outputs, D]. For small problems and tests."""
+        return self.T.to_dense().mT
+
+
+@register
+class TransposedJacobian:
+    """The linear map outputs -> params."""
+
+    jacobian: Jacobian
+
+    def matmat(self, cotangents: Tensor) -> Tree:
+        """J^T u for k cotangents [k, *outputs.shape]: a pytree like params with a leading axis k.
+
+        Raises:
+            ShapeError: the cotangents do not have the shape of the outputs.
+        """
+        shape = self.jacobian.output_shape
+        if tuple(cotangents.shape[1:]) != shape or not cotangents.ndim:
+            raise ShapeError(f"expected cotangents of shape [k] + {shape}, got {tuple(cotangents.shape)}")
+        with twice_differentiable():
+            line = self.jacobian.linearization()
+            leaves = each(line.pull, cotangents.to(line.value.dtype), self.jacobian.width)
+        return self.jacobian.domain.tree(leaves)
+
+    def matvec(self, u: Tensor) -> Tree:
+        """J^T u, a pytree like params."""
+        stacked = flatten(self.matmat(u.unsqueeze(0)))[0]
+        return self.jacobian.domain.tree([leaf.squeeze(0) for leaf in stacked])
+
+    def __matmul__(self, u: Tensor) -> Tree:
+        return self.matvec(u)
+
+    @property
+    def T(self) -> Jacobian:  # noqa: N802
+        """The transpose: the Jacobian itself."""
+        return self.jacobian
+
+    def transpose(self) -> Jacobian:
+        """The transpose: the Jacobian itself."""
+        return self.jacobian
+
+    def to_dense(self) -> Tensor:
+        """The matrix [D, number of outputs]. For small problems and tests."""
+        shape = self.jacobian.output_shape
+        size = math.prod(shape)
+        like = flatten(self.jacobian.params)[0][0]
+        rows = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *shape)
+        return torch.cat([leaf.reshape(size, -1) for leaf in flatten(self.matmat(rows))[0]], 1).mT

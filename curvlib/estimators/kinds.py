@@ -1,0 +1,139 @@
+"""Which curvature: how one batch's unreduced curvature multiplies a vector, for the matrix-free operators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.estimators.linearization import LeafFn, Leaves, hessian_product, linearize
+from curvlib.losses import Loss
+
+Product = Callable[[Leaves], Leaves]
+Draws = Tensor | torch.Generator | None  # sampled gradients [M, *outputs.shape], or where to draw them from
+
+
+class Kind(ABC):
+    """A kind of curvature. Concrete kinds are frozen dataclasses, static for transforms."""
+
+    @abstractmethod
+    def product(self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, mode: str) -> tuple[Product, Tensor]:
+        """V -> (sum over the batch's examples of the curvature of their terms) v, and the batch's normalizer."""
+
+    @property
+    @abstractmethod
+    def reduction(self) -> str:
+        """``mean`` if sums are divided by the normalizer, or ``sum``."""
+
+
+class GaussNewton(Kind):
+    """J^T W J with a weight W in output space, block-diagonal over examples."""
+
+    @abstractmethod
+    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
+        """The map u -> W u for u in the shape of the outputs."""
+
+    @abstractmethod
+    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
+        """What a mean is divided by, 0-d; it checks that the targets fit."""
+
+    def product(self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, mode: str) -> tuple[Product, Tensor]:
+        line = linearize(fn, leaves, mode)
+        normalizer = self.normalizer(line.value, targets)
+        weigh = self.weigh(line.value, targets, draws)
+        return lambda v: line.pull(weigh(line.push(v))), normalizer
+
+
+@dataclass(frozen=True)
+class LossHessian(GaussNewton):
+    """W_n = H_n, the Hessian of the loss term in the outputs: the GGN, and the type-2 Fisher."""
+
+    loss: Loss
+
+    @property
+    def reduction(self) -> str:
+        return self.loss.reduction
+
+    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
+        return checked_normalizer(self.loss, outputs, targets)
+
+    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
+        return lambda u: self.loss.hessian_product(outputs, targets, u)
+
+
+@dataclass(frozen=True)
+class SampledFisher(GaussNewton):
+    """W_n = sum_m s_nm s_nm^T with gradients s at drawn targets, or at the given ones where nothing is drawn."""
+
+    loss: Loss
+    samples: int
+
+    @property
+    def reduction(self) -> str:
+        return self.loss.reduction
+
+    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
+        return checked_normalizer(self.loss, outputs, targets)
+
+    def vectors(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        """The gradients [M, *outputs.shape]."""
+        if isinstance(draws, Tensor):
+            return draws
+        if draws is None:
+            return self.loss.gradient(outputs, targets).unsqueeze(0)
+        return self.loss.sample(outputs, targets, draws, self.samples)
+
+    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
+        vectors = self.vectors(outputs, targets, draws)
+        flat = vectors.flatten(2) if vectors.ndim > 2 else vectors.unsqueeze(2)  # [M, N, C]
+
+        def apply(u: Tensor) -> Tensor:
+            coefficients = torch.einsum("mnc,nc->mn", flat, u.reshape(flat.shape[1:]))
+            return torch.einsum("mn,mnc->nc", coefficients, flat).reshape(u.shape)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Unweighted(GaussNewton):
+    """W = I: the Gramian J^T J, whatever the targets."""
+
+    @property
+    def reduction(self) -> str:
+        return "sum"
+
+    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
+        return outputs.new_ones(())
+
+    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
+        return lambda u: u
+
+
+@dataclass(frozen=True)
+class SecondDerivative(Kind):
+    """The Hessian of the objective in the parameters."""
+
+    loss: Loss
+
+    @property
+    def reduction(self) -> str:
+        return self.loss.reduction
+
+    def product(self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, mode: str) -> tuple[Product, Tensor]:
+        with torch.no_grad():
+            normalizer = checked_normalizer(self.loss, fn(leaves), targets)
+
+        def objective(leaves: Leaves) -> Tensor:
+            return self.loss.terms(fn(leaves), targets).sum()
+
+        return hessian_product(objective, leaves, mode), normalizer
+
+
+def checked_normalizer(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """The loss's normalizer, once the targets are known to fit."""
+    loss.check(outputs, targets)
+    return loss.normalizer(outputs, targets)

@@ -1,0 +1,187 @@
+"""Derivatives of a model at its parameters as linear maps, applied to vectors without being formed.
+
+Two ways to differentiate: ``forward`` takes Jacobian-vector products in forward mode (`torch.func.jvp`); ``reverse``
+takes them by differentiating the vector-Jacobian product, which is linear, once more: it needs no forward mode but a
+differentiable backward pass. In eager mode ``reverse`` is plain autograd, so that activation checkpointing and
+old-style autograd functions work, which `torch.func` refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from curvlib.capture.engines import ModelFn
+from curvlib.errors import ArgumentError, CaptureError
+from curvlib.linalg.eager import is_eager
+from curvlib.pytree import Domain
+
+MODES = ("forward", "reverse")
+ELEMENTS_AT_ONCE = 1 << 26  # of intermediate results that may be alive together when vectors are stacked
+
+Leaves = list[Tensor]
+LeafFn = Callable[[Leaves], Tensor]
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A function at a point: its value, J v for a tangent v, and J^T u for a cotangent u, one at a time.
+
+    Both may be called any number of times, and under `torch.func.vmap`.
+    """
+
+    value: Tensor
+    push: Callable[[Leaves], Tensor]
+    pull: Callable[[Tensor], Leaves]
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Lets attention run by its formula: the fused kernels have no forward mode and can be differentiated once only."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def on_leaves(model_fn: ModelFn, domain: Domain, inputs: Any) -> LeafFn:
+    """The model's output as a function of the parameters' leaves."""
+
+    def outputs(leaves: Leaves) -> Tensor:
+        result = model_fn(domain.tree(leaves), inputs)
+        if not isinstance(result, Tensor):
+            raise CaptureError(f"model_fn must return one tensor, not a {type(result).__name__}")
+        return result
+
+    return outputs
+
+
+def linearize(fn: LeafFn, leaves: Leaves, mode: str) -> Linearization:
+    """The Jacobian of a function of tensors with one tensor as output."""
+    if mode == "reverse" and is_eager():
+        return linearize_by_autograd(fn, leaves)
+    linear: Any = torch.func.vjp(fn, leaves)
+    value, vjp = linear
+
+    def pull(cotangent: Tensor) -> Leaves:
+        gradients: Leaves = vjp(cotangent)[0]
+        return gradients
+
+    if mode == "forward":
+        return Linearization(value, lambda v: torch.func.jvp(fn, (leaves,), (v,))[1], pull)
+    transposed = torch.func.vjp(pull, torch.zeros_like(value))[1]
+    return Linearization(value, lambda v: transposed(v)[0], pull)
+
+
+def linearize_by_autograd(fn: LeafFn, leaves: Leaves) -> Linearization:
+    """`linearize` in reverse mode by plain autograd."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    value = fn(leaves)
+    cotangent = torch.zeros_like(value, requires_grad=True)
+    gradients = gradient([value], leaves, [cotangent], create_graph=True)
+    return Linearization(
+        value.detach(),
+        lambda v: gradient(gradients, [cotangent], v)[0],
+        lambda u: gradient([value], leaves, [u]),
+    )
+
+
+def hessian_product(fn: LeafFn, leaves: Leaves, mode: str) -> Callable[[Leaves], Leaves]:
+    """V -> H v for a scalar function: forward over reverse, or reverse over reverse."""
+    product: Callable[[Leaves], Leaves]
+    if mode == "reverse" and is_eager():
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = fn(leaves)
+        gradients = gradient([value], leaves, [torch.ones_like(value)], create_graph=True)
+        product = lambda v: gradient(gradients, leaves, v)  # noqa: E731
+    elif mode == "reverse":
+        pull = torch.func.vjp(torch.func.grad(fn), leaves)[1]
+        product = lambda v: pull(v)[0]  # noqa: E731
+    else:
+        product = lambda v: torch.func.jvp(torch.func.grad(fn), (leaves,), (v,))[1]  # noqa: E731
+    return product
+
+
+def gradient(
+    outputs: Sequence[Tensor], inputs: Leaves, cotangents: Sequence[Tensor], *, create_graph: bool = False
+) -> Leaves:
+    """`torch.autograd.grad` that keeps the graph and gives zeros where outputs do not depend on an input."""
+    pairs = [(x, u) for x, u in zip(outputs, cotangents, strict=True) if x.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(x) for x in inputs]
+    results = torch.autograd.grad(
+        [x for x, _ in pairs],
+        inputs,
+        [u for _, u in pairs],
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, results, strict=True)]
+
+
+# --- stacks of vectors, and the choice of the mode ------------------------------------------------------------------
+
+
+def each(product: Callable[[Any], Any], stack: Any, width: int) -> Any:
+    """A product of one vector applied to k stacked ones, ``width`` at a time; leading axis k in and out."""
+    leaves, structure = torch_pytree.tree_flatten(stack)
+    parts = []
+    for chunk in zip(*(leaf.split(width) for leaf in leaves), strict=True):
+        if len(chunk[0]) == 1:
+            result = product(torch_pytree.tree_unflatten([x.squeeze(0) for x in chunk], structure))
+            parts.append(torch_pytree.tree_map(lambda x: x.unsqueeze(0), result))
+        else:
+            parts.append(torch.func.vmap(product)(torch_pytree.tree_unflatten(list(chunk), structure)))
+    return torch_pytree.tree_map(lambda *xs: torch.cat(xs), *parts) if len(parts) > 1 else parts[0]
+
+
+class ElementCount(TorchFunctionMode):
+    """Counts the elements of the results of all calls: about what one vector's product can hold on to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.total += sum(x.numel() for x in torch_pytree.tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+
+def choose(trial: Callable[[str, int], object], mode: str | None) -> tuple[str, int]:
+    """How to differentiate, and how many vectors at a time, found out by one trial.
+
+    Args:
+        trial: (mode, k) multiplies k stacked zero vectors.
+        mode: to be taken as given; None: forward mode unless it fails.
+
+    Raises:
+        ArgumentError: an unknown mode.
+        RuntimeError: whatever the model raises in the last resort, reverse mode and one vector at a time.
+    """
+    if mode is not None and mode not in MODES:
+        raise ArgumentError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
+    candidates = [(m, k) for m in ((mode,) if mode else MODES) for k in (2, 1)]
+    for candidate, k in candidates[:-1]:
+        try:
+            return candidate, count_width(trial, candidate, k)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no forward mode, no batching rule: NotImplementedError and its bases, all of them
+            continue
+    candidate, k = candidates[-1]
+    return candidate, count_width(trial, candidate, k)
+
+
+def count_width(trial: Callable[[str, int], object], mode: str, k: int) -> int:
+    """Runs the trial; how many vectors to stack by the elements that one makes (1 where they cannot be stacked)."""
+    with ElementCount() as count:
+        trial(mode, k)
+    return 1 if k == 1 else max(1, ELEMENTS_AT_ONCE // max(1, count.total))

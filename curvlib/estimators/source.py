@@ -1,0 +1,120 @@
+"""Data that is walked through for every product: a batch that is held, or a loader that can be read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+from curvlib.errors import ArgumentError
+from curvlib.estimators.data import Batch, DataSet, batches
+from curvlib.estimators.kinds import Draws
+from curvlib.linalg.eager import is_eager
+from curvlib.pytree import Domain, Tree, flatten, register, static
+
+
+class Frame:
+    """The structure of a pytree, with those of its leaves that are not tensors: static, compared by identity."""
+
+    def __init__(self, tree: Any) -> None:
+        self.leaves, self.structure = torch_pytree.tree_flatten(tree)
+
+    @classmethod
+    def split(cls, tree: Any) -> tuple[tuple[Tensor, ...], Frame]:
+        """The tensors of a pytree, outside of any transform cut loose from the graph they are in, and the rest."""
+        frame = cls(tree)
+        tensors = tuple(leaf for leaf in frame.leaves if isinstance(leaf, Tensor))
+        frame.leaves = [slot if isinstance(leaf, Tensor) else leaf for leaf in frame.leaves]
+        return tuple(x.detach() for x in tensors) if is_eager() else tensors, frame
+
+    def fill(self, tensors: Sequence[Tensor]) -> Any:
+        """The pytree with these tensors in their places."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if leaf is slot else leaf for leaf in self.leaves]
+        return torch_pytree.tree_unflatten(leaves, self.structure)
+
+
+slot = object()  # stands where a tensor was
+
+
+def detached(params: Tree) -> Tree:
+    """Parameters cut loose from the graph they are in; under a transform gradients may be wanted, and they stay."""
+    leaves, _ = flatten(params)
+    return Domain.of(params).tree([leaf.detach() if is_eager() else leaf for leaf in leaves])
+
+
+@register
+class Held:
+    """One batch, and the gradients [M, *outputs.shape] that were drawn for it, if any."""
+
+    tensors: tuple[Tensor, ...]
+    vectors: Tensor | None
+    frame: Frame = static()
+
+    def batches(self) -> Iterator[tuple[Any, Any, Draws]]:
+        """(inputs, targets, draws) of the one batch."""
+        yield *self.frame.fill(self.tensors), self.vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A data set that can be walked through any number of times, drawing the same numbers each time if any."""
+
+    data: DataSet
+    seed: int | None
+    device: torch.device | None
+
+    @classmethod
+    def of(cls, data: DataSet, generator: torch.Generator | None) -> Walk:
+        """A walk whose draws are settled by one number from the generator.
+
+        Raises:
+            ArgumentError: the loader is a one-shot iterator; or it shuffles, and something is drawn.
+        """
+        if isinstance(data.loader, Iterator):
+            raise ArgumentError(
+                f"every product with a matrix-free operator walks through the data, but the loader, a "
+                f"{type(data.loader).__name__}, is an iterator that can be read only once: give cv.over a list of "
+                "batches, a DataLoader, or any object whose __iter__ starts anew"
+            )
+        if generator is None:
+            return cls(data, None, None)
+        if isinstance(data.loader, DataLoader) and isinstance(data.loader.sampler, RandomSampler):
+            raise ArgumentError(
+                "kind='mc' ties its draws to the order of the examples, but the loader shuffles them for each product; "
+                "use a DataLoader with shuffle=False, or kind='type-2'"
+            )
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        return cls(data, int(seed), generator.device)
+
+    def restarted(self) -> torch.Generator | None:
+        """A generator as it is at the start of each walk."""
+        if self.seed is None or self.device is None:
+            return None
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+
+@register
+class Streamed:
+    """A data set that is read anew for each product."""
+
+    walk: Walk = static()
+
+    def batches(self) -> Iterator[tuple[Any, Any, Draws]]:
+        """(inputs, targets, draws) of every batch."""
+        generator = self.walk.restarted()
+        for inputs, targets in batches(self.walk.data):
+            yield inputs, targets, generator
+
+
+Source = Held | Streamed
+
+
+def first_batch(batch: Batch | DataSet) -> Batch:
+    """The batch, or the first one of a data set."""
+    return next(batches(batch))

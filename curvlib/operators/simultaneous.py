@@ -1,0 +1,243 @@
+"""Two Kronecker products diagonalised at once, and what several have nearly in common.
+
+For definite M there is W with W^T M W = I and W^T G W diagonal. With M = G_1 + G_2 on the left, and likewise Z on the
+right, W^T G_k W = diag(g_k) and Z^T A_k Z = diag(a_k), so that (Van Loan & Golub, Matrix Computations, section 8.7)
+
+    G_1 (x) A_1 + G_2 (x) A_2 = (W (x) Z)^-T diag(g_1 a_1^T + g_2 a_2^T) (W (x) Z)^-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eigh import eigh
+from curvlib.linalg.gram import full_precision
+from curvlib.operators.base import Operator, powers, remembered
+from curvlib.operators.bases import CanonicalBasis, OrthogonalBasis
+from curvlib.operators.damping import Damping
+from curvlib.operators.kronecker import EigenKronecker, Kronecker, check_shape
+from curvlib.operators.lazy import Lazy, dense_operator
+from curvlib.operators.matrices import Diagonal, Matrix, ScaledIdentity, normal
+from curvlib.pytree import Domain, register
+
+Columns = CanonicalBasis | OrthogonalBasis  # of any invertible matrix: orthonormal or not
+
+
+@register
+class SimultaneousKronecker(Lazy):
+    """(W (x) Z) diag(l) (W (x) Z)^T with invertible W, Z: V -> W (l o (W^T V Z)) Z^T.
+
+    The inverse of a sum of two Kronecker products is one. Its products, diagonal, trace, norm, determinant and inverse
+    are exact and cost what those of an `EigenKronecker` do; l are not its eigenvalues.
+
+    Args:
+        left: the columns of W [*, m, m], not necessarily orthonormal.
+        right: the columns of Z [*, n, n], not necessarily orthonormal.
+        values: l [*, m, n].
+
+    Example:
+        >>> from curvlib.operators import Dense
+        >>> one, two = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), Dense(torch.diag(torch.tensor([1.0, 3.0])))
+        >>> inverse = (Kronecker(one, two) + Kronecker(two, one)).inverse()
+        >>> type(inverse).__name__, inverse.shape
+        ('SimultaneousKronecker', (2, 2))
+        >>> torch.dist((Kronecker(one, two) + Kronecker(two, one)) @ (inverse @ torch.eye(2)), torch.eye(2)) < 1e-6
+        tensor(True)
+    """
+
+    left: Columns
+    right: Columns
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a vector, [*, m, n]."""
+        return tuple(self.values.shape)
+
+    @property
+    def domain(self) -> Domain:
+        return Domain.of_tensor(self.shape)
+
+    def form(self) -> EigenKronecker:
+        """The same formula as that of an operator with orthonormal bases: what does not use them being orthonormal."""
+        return EigenKronecker(self.left, self.right, self.values)
+
+    def apply(self, vectors: Tensor, leading: int) -> Tensor:
+        check_shape(vectors, leading, self.shape)
+        return self.form().apply(vectors, leading)
+
+    def to_dense(self) -> Tensor:
+        return self.form().to_dense()
+
+    def diag(self) -> Tensor:
+        return self.form().diag()
+
+    def trace(self) -> Tensor:
+        return self.diag().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        # ||W D W^T||^2 = <D, (P o P) D> for the Gram matrix P = W^T W
+        left, right = (gram_squared(basis) for basis in (self.left, self.right))
+        squares = self.values if left is None else left @ self.values
+        squares = squares if right is None else squares @ right
+        return (self.values * squares).sum().clamp(min=0).sqrt()
+
+    @remembered
+    def dense(self) -> Operator:
+        return dense_operator(self, "the inverse of a sum of two Kronecker products")
+
+    def logdet(self) -> Tensor:
+        """Log det, a 0-d tensor, in closed form: sum log l + 2 n log |det W| + 2 m log |det Z|."""
+        *_, m, n = self.shape
+        volumes = n * log_volume(self.left, self.values) + m * log_volume(self.right, self.values)
+        return self.values.log().sum() + (2 * volumes.expand(self.shape[:-2])).sum()
+
+    def damp(self, damping: Damping | float | Tensor) -> Operator:
+        return self.dense().damp(damping)
+
+    def raised(self, exponent: float, *, damped: bool) -> Operator:
+        if exponent == 1:
+            return self
+        if exponent != -1:
+            return self.dense().raised(exponent, damped=damped)
+        values = powers(self.values.flatten(-2), -1, damped=damped).reshape(self.shape)
+        return SimultaneousKronecker(dual(self.left), dual(self.right), values)
+
+    def scaled(self, factor: float | Tensor) -> SimultaneousKronecker:
+        return SimultaneousKronecker(self.left, self.right, factor * self.values)
+
+    def plus(self, other: Operator) -> Operator | None:
+        return None
+
+    def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
+        root = powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.shape)
+        return self.form().synthesise(root * normal(self.values, generator, n))
+
+
+# --- bases that need not be orthonormal -----------------------------------------------------------------------------
+
+
+def columns(basis: Columns) -> Tensor | None:
+    """W [*, d, d], or None for the identity."""
+    return basis.vectors if isinstance(basis, OrthogonalBasis) else None
+
+
+def gram_squared(basis: Columns) -> Tensor | None:
+    """(W^T W) o (W^T W), or None for the identity."""
+    vectors = columns(basis)
+    return None if vectors is None else (vectors.mT @ vectors).square()
+
+
+def log_volume(basis: Columns, like: Tensor) -> Tensor:
+    """Log |det W|, [*]."""
+    vectors = columns(basis)
+    return like.new_zeros(()) if vectors is None else torch.linalg.slogdet(vectors).logabsdet
+
+
+def dual(basis: Columns) -> Columns:
+    """The columns of W^-T."""
+    vectors = columns(basis)
+    return basis if vectors is None else OrthogonalBasis(torch.linalg.inv(vectors).mT)
+
+
+def diagonal_in(side: Matrix, basis: Columns) -> Tensor:
+    """Diag W^T M W, [*, d]."""
+    diagonals = side.diagonals()
+    vectors = columns(basis)
+    return diagonals if vectors is None else (vectors * side.left(vectors)).sum(-2)
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """The columns W in which sides are diagonal, or nearly so."""
+
+    basis: Columns
+    orthonormal: bool
+
+
+def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | None:
+    """A basis in which two sides are diagonal, and more than two nearly.
+
+    The mean of the sides, each divided by its trace, is the metric; damping, in units of its mean eigenvalue, is added
+    to it. W diagonalises it together with the principal component of the sides' differences from it. Sides that are
+    diagonal anyway, or one matrix among multiples of the identity, have an orthonormal basis.
+
+    Returns:
+        The frame, or None where the metric is not positive definite (looked at in eager mode only).
+    """
+    if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
+        return Frame(CanonicalBasis(sides[0].shape[-1]), True)
+    varying = {id(side): side for side in sides if not isinstance(side, ScaledIdentity)}
+    if len(varying) == 1:
+        basis = next(iter(varying.values())).eigen().basis
+        if isinstance(basis, (CanonicalBasis, OrthogonalBasis)):
+            return Frame(basis, True)
+    matrices = full_precision(torch.stack(torch.broadcast_tensors(*(side.matrices() for side in sides))))
+    traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    unit = matrices / torch.where(traces == 0, 1, traces)
+    mean, size = unit.mean(0), unit.shape[-1]
+    metric = mean + damping / size * torch.eye(size, dtype=mean.dtype, device=mean.device)
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    if is_eager() and bool(failed.any()):
+        return None
+    half = torch.linalg.solve_triangular(lower, unit - mean, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)  # L^-1 (G_k - mean) L^-T
+    vectors = torch.linalg.solve_triangular(lower.mT, eigh(principal(whitened))[1], upper=True)
+    inverse_trace = vectors.square().sum((-2, -1))  # the trace of the inverse of the metric, whose trace is about 1
+    if is_eager() and not bool((inverse_trace * torch.finfo(vectors.dtype).eps * size < 1).all()):
+        return None
+    return Frame(OrthogonalBasis(vectors), False)
+
+
+def principal(differences: Tensor) -> Tensor:
+    """The linear combination of symmetric matrices [r, *, d, d] that has most of their squares."""
+    if len(differences) == 2:  # they are opposite
+        combination = differences[0]
+    else:
+        flat = differences.flatten(-2).movedim(0, -2)
+        weights = eigh(flat @ flat.mT)[1][..., -1]  # [*, r]
+        combination = (weights.movedim(-1, 0)[..., None, None] * differences).sum(0)
+    return (combination + combination.mT) / 2
+
+
+# --- inverses -------------------------------------------------------------------------------------------------------
+
+
+def frames(products: Sequence[Kronecker], damping: float | Tensor = 0.0) -> tuple[Frame, Frame] | None:
+    """A frame for the left sides and one for the right ones."""
+    left = frame([product.left for product in products], damping)
+    right = frame([product.right for product in products], damping) if left is not None else None
+    return None if left is None or right is None else (left, right)
+
+
+def values_in(products: Sequence[Kronecker], left: Columns, right: Columns) -> Tensor:
+    """The diagonal of (W (x) Z)^T (sum_k G_k (x) A_k) (W (x) Z), [*, m, n]."""
+    outer = [
+        diagonal_in(product.left, left).unsqueeze(-1) * diagonal_in(product.right, right).unsqueeze(-2)
+        for product in products
+    ]
+    return torch.stack(torch.broadcast_tensors(*outer)).sum(0)
+
+
+def inverse_of_two(products: Sequence[Kronecker], *, damped: bool) -> Operator | None:
+    """(G_1 (x) A_1 + G_2 (x) A_2)^-1, or None where a side's sum is singular or indefinite.
+
+    Raises:
+        SingularError: the sum is singular though the sums of its sides are not.
+    """
+    both = frames(products)
+    if both is None:
+        return None
+    left, right = both
+    values = values_in(products, left.basis, right.basis)
+    if left.orthonormal and right.orthonormal:
+        return EigenKronecker(left.basis, right.basis, values).raised(-1, damped=damped)
+    inverted = powers(values.flatten(-2), -1, damped=damped).reshape(values.shape)
+    return SimultaneousKronecker(left.basis, right.basis, inverted)
