@@ -29,6 +29,7 @@ models: $(STAMPS)/dev $(STAMPS)/models
 
 bench: $(STAMPS)/bench
 	$(BIN)/python bench/kfac_cost.py $(BENCH_FLAGS)
+	$(BIN)/python bench/exact_cost.py $(BENCH_FLAGS)
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -138,3 +138,17 @@ def test_outputs_cut_into_slices_belong_to_one_block(reduction: str) -> None:
     shapes = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(4)}
     case = problem(model_fn, normal(5, 4, 3), "mse", reduction, params=shapes)
     assert_exact(case.kfac(), case.ggn())
+
+
+@both_reductions
+def test_an_embedding_and_a_head_merge_with_the_trace_of_their_sum(reduction: str) -> None:
+    def model_fn(params: Params, word: Tensor) -> Tensor:
+        return torch.tanh(F.embedding(word, params["0.weight"])) @ params["0.weight"].T
+
+    words = torch.tensor([[0, 3], [3, 1], [4, 4]])
+    case = problem(model_fn, words, "cross-entropy", reduction, params={"0.weight": torch.zeros(5, 3)})
+    total, merged = case.kfac(), case.kfac(tied="merge")
+    assert isinstance(merged.blocks["0.weight"], cv.Kronecker)
+    torch.testing.assert_close(merged.trace(), total.trace(), rtol=1e-12, atol=0)
+    assert reference.relative_error(merged.to_dense(), total.to_dense()) < 0.6
+    assert merged.inverse(0.1).logdet().isfinite()

@@ -146,6 +146,26 @@ def test_a_vocabulary_of_50257_never_makes_a_square_matrix(fisher: str) -> None:
     assert step["head"].shape == (vocabulary, width)
 
 
+def test_a_tied_vocabulary_of_50257_never_makes_a_square_matrix() -> None:
+    vocabulary, width = 50257, 16
+    params = {"table": 0.1 * torch.randn(vocabulary, width)}
+    tokens = torch.randint(vocabulary, (2, 4))
+
+    def model_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.embedding(x, p["table"])), p["table"])
+
+    plan = cv.plan(model_fn, params, tokens)
+    with LargestTensor() as largest:
+        total = cv.kfac(model_fn, params, (tokens, tokens), engine="functional", plan=plan)
+        total.inverse(1e-3) @ params
+        curv = cv.kfac(model_fn, params, (tokens, tokens), engine="functional", plan=plan, tied="merge")
+        curv.power(-0.5, 1e-3) @ params
+        curv.damp(1e-3).logdet()
+        curv.inverse(1e-3).sample(torch.Generator().manual_seed(0))
+        curv.power(-0.5, cv.FactoredTikhonov(1e-3)).project(cv.sketch(params, rank=4))(params)
+    assert largest.numel <= 4 * vocabulary * width
+
+
 # 8. the bias handled differently in the factor and in the gradient
 def test_a_frozen_bias_leaves_the_weights_block_without_its_column() -> None:
     net = nn.Sequential(nn.Linear(3, 2)).double()

@@ -11,7 +11,6 @@ which is the best choice in Frobenius norm for that basis, and makes the trace e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from curvlib.errors import ArgumentError, NotKroneckerError, naming
 from curvlib.estimators.correction import Bases, EigenSquares, MomentCollector, Totals, TraceMoments
 from curvlib.estimators.data import Batch, DataSet, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import assemble, side
+from curvlib.estimators.factors import added, assemble, side
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
-from curvlib.layers.rows import summed
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Dense, Diagonal, EigenKronecker, Kronecker, Matrix, Operator, Sum
+from curvlib.operators import BlockDiagonal, EigenKronecker, Kronecker, Operator, Sum
 from curvlib.pytree import Domain, Tree, flatten, tree_map
 
 CORRECTIONS = ("example", "position")
@@ -257,11 +255,3 @@ def eigenbases(block: Operator) -> Bases:
     raise NotKroneckerError(
         f"a {type(block).__name__} has no eigenbasis a side; eigenvalue correction needs Kronecker factors"
     )
-
-
-def added(sides: Sequence[Matrix]) -> Matrix:
-    """The sum of sides of Kronecker products."""
-    diagonals = [side.values for side in sides if isinstance(side, Diagonal)]
-    if len(diagonals) == len(sides):
-        return Diagonal(summed(diagonals))
-    return Dense(summed([side.matrices() for side in sides]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from curvlib.capture.discover import tensors_in
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
-from curvlib.errors import ArgumentError, NonFiniteError, naming
+from curvlib.errors import NonFiniteError, naming
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass, Statistics
 from curvlib.layers.base import KroneckerLayer, Layer
+from curvlib.layers.rows import summed
 from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import full_precision, writes_in_place
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
@@ -103,20 +104,45 @@ def assemble(statistics: Statistics, domain: Domain, make: Callable[[Block, Any]
 def kronecker_block(block: Block, sums: UseSums, statistics: Statistics, options: Options) -> Operator:
     """G (x) A for the curvature of the reduced objective, summed over the uses of the weight."""
     uses = sums.uses
-    if options.tied == "merge" and len(uses) > 1:
-        if any(placement.transposed for placement in block.placements):
-            raise ArgumentError("tied='merge' needs a weight that is used in one orientation; use tied='sum'")
-        merged = uses[0]
-        for other in uses[1:]:
-            merged = merged + other
-        uses = (merged,)
+    one_orientation = not any(placement.transposed for placement in block.placements)
+    if options.tied == "merge" and one_orientation:
+        uses = (summed(uses),)
     groups = len(block.layout.shape) - 2
-    terms: list[Operator] = []
+    terms: list[Kronecker] = []
     for placement, use in zip(block.placements, uses, strict=False):
         inputs = side(divide(use.inputs, use.rows.clamp(min=1)), groups)
         outputs = output_side(block, placement, use, statistics.divisor(options))
         terms.append(Kronecker(inputs, outputs) if placement.transposed else Kronecker(outputs, inputs))
+    if len(terms) > 1 and options.tied == "merge":
+        return merged(terms)
     return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+
+
+def merged(terms: Sequence[Kronecker]) -> Kronecker:
+    """One product L (x) R / t with the partial traces L = sum_i L_i tr R_i, R = sum_i R_i tr L_i and trace t of a sum.
+
+    It is the sum itself where the terms have a side in common, up to a factor.
+    """
+    lefts, rights = [term.left.traces() for term in terms], [term.right.traces() for term in terms]
+    total = summed([left * right for left, right in zip(lefts, rights, strict=True)])
+    share = torch.where(total > 0, 1 / total, torch.ones_like(total))
+    left = added([times(term.left, trace) for term, trace in zip(terms, rights, strict=True)])
+    right = added([times(term.right, trace * share) for term, trace in zip(terms, lefts, strict=True)])
+    return Kronecker(left, right)
+
+
+def times(side: Matrix, factor: Tensor) -> Matrix:
+    """A side, or its diagonal if that is all there is to it, times one number a group."""
+    if isinstance(side, (Diagonal, ScaledIdentity)):
+        return Diagonal(side.diagonals() * factor.unsqueeze(-1))
+    return Dense(side.matrices() * factor[..., None, None])
+
+
+def added(sides: Sequence[Matrix]) -> Matrix:
+    """The sum of sides of Kronecker products."""
+    if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
+        return Diagonal(summed([side.diagonals() for side in sides]))
+    return Dense(summed([side.matrices() for side in sides]))
 
 
 def divide(total: Tensor, count: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def kfac(
             pass your own where estimates are averaged.
         elementwise: curvature of scales, shifts and lone biases from per-example gradients: its exact ``diagonal``, or
             a ``dense`` block a layer.
-        tied: a weight that several calls use gets the ``sum`` of their Kronecker products, or one product that
-            ``merge``s them as if they were positions.
+        tied: a weight that several calls use gets the exact ``sum`` of their Kronecker products, or one product that
+            ``merge``s them: as if they were positions, or by partial traces where one call uses the transpose.
         max_dense: sides wider than this get a diagonal factor.
         engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else autograd.
         plan: the model's `plan`, if already made for inputs of these shapes.

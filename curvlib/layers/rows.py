@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from curvlib.linalg.gram import full_precision
 from curvlib.operators.bases import Basis, CanonicalBasis
 from curvlib.pytree import register, static
+
+Summed = TypeVar("Summed", bound=Any)
 
 GRADIENTS_AT_ONCE = 1 << 23  # elements of per-example gradients that may be alive together
 
@@ -178,8 +181,8 @@ def chunks(shape: Sequence[int], g: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
-def summed(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape."""
+def summed(parts: Sequence[Summed]) -> Summed:
+    """The sum of things of one kind."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
