@@ -23,6 +23,7 @@ from curvlib.estimators import (
 )
 from curvlib.functional import functional
 from curvlib.io import load, save
+from curvlib.layers.wide import WideDiagonal, WideIdentity, WideLowRank
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
 from curvlib.operators import (
     BlockDiagonal,
@@ -71,6 +72,9 @@ __all__ = [
     "ScaledIdentity",
     "Sum",
     "Tikhonov",
+    "WideDiagonal",
+    "WideIdentity",
+    "WideLowRank",
     "diagonal",
     "eigenvalue_correct",
     "ekfac",

@@ -143,13 +143,13 @@ class EigenSquares(Moment):
 
 @dataclasses.dataclass(frozen=True)
 class TraceMoments(Moment):
-    """sum_n D_n D_n^T and sum_n D_n^T D_n, the factors of TKFAC (a side wider than max_dense: its diagonal)."""
+    """sum_n D_n D_n^T and sum_n D_n^T D_n, the factors of TKFAC (of a wide side: its diagonal)."""
 
     options: Options
 
     def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
         *_, rows, columns = block.layout.shape
-        widest = self.options.max_dense
+        widest = self.options.wide.above
         if len(uses) == 1 and max(rows, columns) <= widest:
             return uses[0].rows.left_moment(uses[0].g), uses[0].rows.right_moment(uses[0].g)
         lefts, rights = [], []
@@ -161,7 +161,7 @@ class TraceMoments(Moment):
 
     def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
         *groups, rows, columns = block.layout.shape
-        sides = [2 if width <= self.options.max_dense else 1 for width in (rows, columns)]
+        sides = [2 if width <= self.options.wide.above else 1 for width in (rows, columns)]
         return like.new_zeros(*groups, *(rows,) * sides[0]), like.new_zeros(*groups, *(columns,) * sides[1])
 
 

@@ -25,6 +25,7 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass, measure_all
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import GRADIENTS_AT_ONCE, Rows
+from curvlib.layers.wide import WideDiagonal
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Diagonal, Operator
@@ -90,7 +91,7 @@ def diagonal(
         mc_samples=mc_samples,
         elementwise="diagonal",
         tied="sum",
-        max_dense=0,
+        wide=WideDiagonal(),
         engine=engine,
     )
     statistics = measure_all(

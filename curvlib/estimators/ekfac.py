@@ -22,10 +22,11 @@ from curvlib.errors import ArgumentError, NotKroneckerError, naming
 from curvlib.estimators.correction import Bases, EigenSquares, MomentCollector, Totals, TraceMoments
 from curvlib.estimators.data import Batch, DataSet, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import added, assemble, side
+from curvlib.estimators.factors import added, assemble
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
+from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, EigenKronecker, Kronecker, Operator, Sum
 from curvlib.pytree import Domain, Tree, flatten, tree_map
@@ -45,7 +46,7 @@ def ekfac(
     generator: torch.Generator | None = None,
     correction: str = "example",
     elementwise: str = "diagonal",
-    max_dense: int = 8192,
+    wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     engine: str | None = None,
     plan: Plan | None = None,
 ) -> BlockDiagonal:
@@ -62,7 +63,7 @@ def ekfac(
         generator: randomness for ``mc``; advanced once.
         correction: eigenvalues from the gradient of each ``example``, or of each ``position`` as if it were one.
         elementwise: ``diagonal`` or ``dense``.
-        max_dense: sides wider than this keep the canonical basis.
+        wide: what is kept of wide factors; a diagonal one has the canonical basis.
         engine: "functional", "autograd" or None.
         plan: the model's plan.
 
@@ -92,7 +93,7 @@ def ekfac(
         sharing=sharing,
         generator=generator,
         elementwise=elementwise,
-        max_dense=max_dense,
+        wide=wide,
         **shared,
     )
     return eigenvalue_correct(factors, model_fn, params, batch, generator=again, correction=correction, **shared)
@@ -143,7 +144,7 @@ def eigenvalue_correct(
         'EigenKronecker'
     """
     check_gradients(fisher, correction)
-    options = Options(loss, fisher, "expand", mc_samples, "diagonal", "sum", 1, engine)
+    options = Options(loss, fisher, "expand", mc_samples, "diagonal", "sum", WideDiagonal(), engine)
     bases: dict[str, Bases] = {}
     for name, block in curv.blocks.items():
         if isinstance(block, (Kronecker, EigenKronecker, Sum)):
@@ -173,7 +174,7 @@ def tkfac(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     elementwise: str = "diagonal",
-    max_dense: int = 8192,
+    wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     engine: str | None = None,
     plan: Plan | None = None,
 ) -> BlockDiagonal:
@@ -192,7 +193,7 @@ def tkfac(
         mc_samples: draws an example for ``mc``.
         generator: randomness for ``mc``; None: a fresh generator with seed 0.
         elementwise: ``diagonal`` or ``dense``.
-        max_dense: sides wider than this get a diagonal factor.
+        wide: the width beyond which a side gets a diagonal factor.
         engine: "functional", "autograd" or None.
         plan: the model's plan.
 
@@ -211,7 +212,7 @@ def tkfac(
         True
     """
     check_gradients(fisher, "example")
-    options = Options(loss, fisher, sharing, mc_samples, elementwise, "sum", max_dense, engine)
+    options = Options(loss, fisher, sharing, mc_samples, elementwise, "sum", wide, engine)
     statistics = measure_all(
         model_fn,
         params,
@@ -226,7 +227,7 @@ def tkfac(
         if not block.kronecker:
             return elementwise_block(block, sums, statistics, options)
         groups = len(block.layout.shape) - 2
-        sides = [side(tensor / statistics.divisor(options), groups) for tensor in sums.tensors]
+        sides = [as_side(tensor / statistics.divisor(options), groups) for tensor in sums.tensors]
         trace = sides[0].traces()
         share = torch.where(trace > 0, 1 / trace, torch.ones_like(trace))
         share = share.reshape(*share.shape, *(1,) * (sums.tensors[1].ndim - groups))

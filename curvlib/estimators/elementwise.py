@@ -79,7 +79,7 @@ class ElementwiseCollector(Collector):
 
 def is_dense(block: Block, options: Options) -> bool:
     """Whether an elementwise block keeps its whole second moment."""
-    return options.elementwise == "dense" and block.layout.numel <= options.max_dense
+    return options.elementwise == "dense" and block.layout.numel <= options.wide.above
 
 
 def elementwise_block(block: Block, sums: Tensor, statistics: Statistics, options: Options) -> Dense | Diagonal:

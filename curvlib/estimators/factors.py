@@ -17,6 +17,7 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass, Statistics
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import summed
+from curvlib.layers.wide import Moment, as_side
 from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import full_precision, writes_in_place
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
@@ -27,13 +28,13 @@ from curvlib.pytree import Domain
 class FactorSums:
     """One use of a weight: sum of a a^T, the number of rows in it, and sum of g g^T (None: forward-only)."""
 
-    inputs: Tensor
+    inputs: Tensor | Moment
     rows: Tensor
-    outputs: Tensor | None
+    outputs: Tensor | Moment | None
 
     def __add__(self, other: FactorSums) -> FactorSums:
-        outputs = None if self.outputs is None or other.outputs is None else self.outputs + other.outputs
-        return FactorSums(self.inputs + other.inputs, self.rows + other.rows, outputs)
+        outputs = None if self.outputs is None else total(self.outputs, other.outputs)
+        return FactorSums(total(self.inputs, other.inputs), self.rows + other.rows, outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +52,20 @@ class FactorCollector(Collector):
 
     def __init__(self, now: Pass) -> None:
         self.now = now
-        self.outputs: dict[Placement, Tensor] = {}
+        self.outputs: dict[Placement, Any] = {}
 
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
         assert isinstance(layer, KroneckerLayer)
         assert operand is not None
         options, examples = self.now.options, self.now.examples
         full = full_precision(operand)
-        factor, rows = layer.input_factor(full, examples, options.sharing, self.now.mask, options.max_dense)
+        factor, rows = layer.input_factor(full, examples, options.sharing, self.now.mask, options.wide)
         return factor, rows, layer.keep(operand, examples)
 
     def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
         assert isinstance(layer, KroneckerLayer)
         options = self.now.options
-        factor = layer.output_factor(g, kept[2], self.now.examples, options.sharing, options.max_dense)
+        factor = layer.output_factor(g, kept[2], self.now.examples, options.sharing, options.wide)
         previous = self.outputs.get(placement)
         self.outputs[placement] = factor if previous is None else previous + factor
 
@@ -81,9 +82,8 @@ class FactorCollector(Collector):
             layer = self.now.plan.sites[placement.site].layers[placement.layer]
             assert isinstance(layer, KroneckerLayer)
             *groups, width, _ = layer.weight.shape
-            sides = 2 if width <= self.now.options.max_dense else 1
-            outputs = full_precision(run.outputs).new_zeros(*groups, *(width,) * sides)
-        return FactorSums(inputs.to(outputs.dtype), rows, outputs)
+            outputs = self.now.options.wide.zero(tuple(groups), width, full_precision(run.outputs))
+        return FactorSums(inputs.to(full_precision(run.outputs).dtype), rows, outputs)
 
 
 def assemble(statistics: Statistics, domain: Domain, make: Callable[[Block, Any], Operator]) -> BlockDiagonal:
@@ -110,7 +110,7 @@ def kronecker_block(block: Block, sums: UseSums, statistics: Statistics, options
     groups = len(block.layout.shape) - 2
     terms: list[Kronecker] = []
     for placement, use in zip(block.placements, uses, strict=False):
-        inputs = side(divide(use.inputs, use.rows.clamp(min=1)), groups)
+        inputs = as_side(divide(use.inputs, use.rows.clamp(min=1)), groups)
         outputs = output_side(block, placement, use, statistics.divisor(options))
         terms.append(Kronecker(inputs, outputs) if placement.transposed else Kronecker(outputs, inputs))
     if len(terms) > 1 and options.tied == "merge":
@@ -145,24 +145,24 @@ def added(sides: Sequence[Matrix]) -> Matrix:
     return Dense(summed([side.matrices() for side in sides]))
 
 
-def divide(total: Tensor, count: Tensor) -> Tensor:
+def total(one: Any, other: Any) -> Any:
+    """The moment of two batches."""
+    return one + other
+
+
+def divide(moment: Tensor | Moment, count: Tensor) -> Tensor | Moment:
     """Sums over the data to means; the sums are not needed any more, and their memory is used again where possible."""
-    if writes_in_place(total) and total.is_floating_point():
-        return total.div_(count)
-    return total / count
-
-
-def side(factor: Tensor, groups: int) -> Dense | Diagonal:
-    """A factor [*groups, d, d], or its diagonal [*groups, d], as one side of a Kronecker product."""
-    return Dense(factor) if factor.ndim == groups + 2 else Diagonal(factor)
+    if isinstance(moment, Tensor) and writes_in_place(moment) and moment.is_floating_point():
+        return moment.div_(count)
+    return moment / count
 
 
 def output_side(block: Block, placement: Placement, use: FactorSums, divisor: Tensor) -> Matrix:
     """G: the normalized second moment of the output gradients, or the identity for forward-only."""
     *groups, rows, columns = block.layout.shape
     if use.outputs is not None:
-        return side(divide(use.outputs, divisor), len(groups))
-    return ScaledIdentity((1 / divisor).to(use.inputs.dtype), (columns if placement.transposed else rows,))
+        return as_side(divide(use.outputs, divisor), len(groups))
+    return ScaledIdentity((1 / divisor).to(full_precision(divisor).dtype), (columns if placement.transposed else rows,))
 
 
 def check_finite(block: Operator) -> None:

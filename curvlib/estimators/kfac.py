@@ -23,6 +23,7 @@ from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_blo
 from curvlib.estimators.factors import FactorCollector, assemble, kronecker_block
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
+from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Operator
 from curvlib.pytree import Domain, Tree
@@ -40,7 +41,7 @@ def kfac(
     generator: torch.Generator | None = None,
     elementwise: str = "diagonal",
     tied: str = "sum",
-    max_dense: int = 8192,
+    wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     engine: str | None = None,
     plan: Plan | None = None,
 ) -> BlockDiagonal:
@@ -67,7 +68,8 @@ def kfac(
             a ``dense`` block a layer.
         tied: a weight that several calls use gets the exact ``sum`` of their Kronecker products, or one product that
             ``merge``s them: as if they were positions, or by partial traces where one call uses the transpose.
-        max_dense: sides wider than this get a diagonal factor.
+        wide: what is kept of the factors of sides that are too wide for a dense one (`WideDiagonal`, `WideLowRank`,
+            `WideIdentity`); by default the diagonal, beyond 8192.
         engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else autograd.
         plan: the model's `plan`, if already made for inputs of these shapes.
 
@@ -90,7 +92,7 @@ def kfac(
         (torch.Size([2, 2]), torch.Size([4, 4]))
         >>> step = curv.inverse(1e-3) @ params
     """
-    options = Options(loss, fisher, sharing, mc_samples, elementwise, tied, max_dense, engine)
+    options = Options(loss, fisher, sharing, mc_samples, elementwise, tied, wide, engine)
     statistics = measure_all(
         model_fn, params, batch, options, generator, plan, lambda now: (FactorCollector(now), ElementwiseCollector(now))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from curvlib.errors import ArgumentError
+from curvlib.layers.wide import Wide
 from curvlib.losses import Loss
 
 FISHERS = ("type-2", "mc", "empirical", "forward-only")
@@ -20,7 +21,7 @@ class Options:
     mc_samples: int
     elementwise: str
     tied: str
-    max_dense: int
+    wide: Wide
     engine: str | None
 
     def __post_init__(self) -> None:

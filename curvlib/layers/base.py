@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlib.layers.rows import Rows, groups_first
+from curvlib.layers.wide import Moment, Wide
 from curvlib.linalg.gram import augmented_gram, full_precision, gram
 from curvlib.operators.layout import Layout, Region
 
@@ -86,8 +87,8 @@ class KroneckerLayer(Layer):
 
     @abstractmethod
     def input_factor(
-        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, max_dense: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
+    ) -> tuple[Tensor | Moment, Tensor]:
         """Sum of a a^T over the rows that count, and their number.
 
         Args:
@@ -95,10 +96,10 @@ class KroneckerLayer(Layer):
             examples: N.
             sharing: "expand" or "reduce".
             mask: [N] or [N, T'] of booleans: which examples or positions count; None: all of them.
-            max_dense: a side wider than this yields the diagonal only.
+            wide: what is kept of a side that is too wide.
 
         Returns:
-            [*groups, d, d], or [*groups, d] for a diagonal factor, and a 0-d tensor.
+            [*groups, d, d], [*groups, d] for a diagonal factor, or another moment; and a 0-d tensor.
         """
 
     @abstractmethod
@@ -114,7 +115,7 @@ class KroneckerLayer(Layer):
         """Gradients [K, *z.shape] -> rows g [K, N, (groups,) T, d_out]."""
 
     @abstractmethod
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
         """Sum of g g^T over K vectors, N examples and (expand) T positions: [*groups, d_out, d_out] or diagonal."""
 
 
@@ -132,30 +133,25 @@ def positions_that_count(mask: Tensor | None, examples: int, positions: int) -> 
     return mask
 
 
-def second_moment(rows: Tensor, weights: Tensor | None, max_dense: int, *, augmented: bool) -> Tensor:
-    """Sum of a a^T over rows [*groups, n, d], a = [row; 1] if augmented; only its diagonal when too wide."""
-    width = rows.shape[-1] + augmented
-    if width <= max_dense:
+def second_moment(rows: Tensor, weights: Tensor | None, wide: Wide, *, augmented: bool) -> Tensor | Moment:
+    """Sum of a a^T over rows [*groups, n, d], a = [row; 1] if augmented, with weights 0 or 1."""
+    if rows.shape[-1] + augmented <= wide.above:
         return augmented_gram(rows, weights=weights) if augmented else gram(rows, weights=weights)
     rows = full_precision(rows)
-    squares = rows.square() if weights is None else rows.square() * weights.unsqueeze(-1)
-    diagonal = squares.sum(-2)
-    if not augmented:
-        return diagonal
-    total = weights.sum(-1) if weights is not None else diagonal.new_full((), rows.shape[-2])
-    return torch.cat([diagonal, total.to(diagonal.dtype).expand(*diagonal.shape[:-1]).unsqueeze(-1)], -1)
+    rows = torch.nn.functional.pad(rows, (0, 1), value=1.0) if augmented else rows
+    return wide.moment(rows if weights is None else rows * weights.unsqueeze(-1))
 
 
-def output_moment(rows: Tensor, sharing: str, max_dense: int) -> Tensor:
+def output_moment(rows: Tensor, sharing: str, wide: Wide) -> Tensor | Moment:
     """`KroneckerLayer.output_factor` from rows g [K, N, (groups,) T, d]."""
     if sharing == "reduce":
         rows = rows.sum(-2, keepdim=True)
-    return second_moment(groups_first(rows, 2), None, max_dense, augmented=False)
+    return second_moment(groups_first(rows, 2), None, wide, augmented=False)
 
 
 def input_moment(
-    rows: Tensor, sharing: str, mask: Tensor | None, max_dense: int, *, augmented: bool
-) -> tuple[Tensor, Tensor]:
+    rows: Tensor, sharing: str, mask: Tensor | None, wide: Wide, *, augmented: bool
+) -> tuple[Tensor | Moment, Tensor]:
     """`KroneckerLayer.input_factor` from rows a [N, (groups,) T, d]."""
     examples, positions = rows.shape[0], rows.shape[-2]
     counted = positions_that_count(mask, examples, positions)
@@ -175,4 +171,4 @@ def input_moment(
         weights = counted.reshape(-1).to(rows.dtype)
         if rows.ndim == 4:
             weights = weights.expand(rows.shape[1], -1)
-    return second_moment(groups_first(rows, 1), weights, max_dense, augmented=augmented), count
+    return second_moment(groups_first(rows, 1), weights, wide, augmented=augmented), count

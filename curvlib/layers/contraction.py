@@ -16,6 +16,7 @@ from curvlib.errors import CaptureError
 from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.rows import DenseRows, Rows
+from curvlib.layers.wide import Moment, Wide
 from curvlib.operators.layout import Region
 
 
@@ -37,10 +38,10 @@ class Contraction(KroneckerLayer):
         return axes.rows(x, examples)
 
     def input_factor(
-        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, max_dense: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
+    ) -> tuple[Tensor | Moment, Tensor]:
         rows = self.input_rows(x, examples)
-        return input_moment(rows, sharing, mask, max_dense, augmented=self.bias is not None)
+        return input_moment(rows, sharing, mask, wide, augmented=self.bias is not None)
 
     def rows(self, x: Tensor, examples: int) -> Rows:
         return DenseRows.of(self.input_rows(x, examples), augmented=self.bias is not None)
@@ -51,8 +52,8 @@ class Contraction(KroneckerLayer):
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         return self.output_axes.rows(g, examples, leading=1)
 
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
-        return output_moment(self.output_rows(g, kept, examples), sharing, max_dense)
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
+        return output_moment(self.output_rows(g, kept, examples), sharing, wide)
 
     def split(self) -> tuple[KroneckerLayer, Layer]:
         assert self.bias is not None

@@ -14,6 +14,7 @@ from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, outpu
 from curvlib.layers.contraction import bias_shift
 from curvlib.layers.rows import DenseRows, Rows
 from curvlib.layers.table import Inspection, Use, entry
+from curvlib.layers.wide import Moment, Wide
 from curvlib.linalg.patch_gram import patch_gram, patches
 from curvlib.operators.layout import Region
 
@@ -81,18 +82,18 @@ class Convolution(KroneckerLayer):
         return rows if self.groups > 1 else rows.squeeze(1)
 
     def input_factor(
-        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, max_dense: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
+    ) -> tuple[Tensor | Moment, Tensor]:
         augmented = self.bias is not None
         images = None if mask is None else mask.reshape(examples, -1).any(1)
         if sharing == "reduce":
-            return input_moment(self.input_means(x, examples), sharing, images, max_dense, augmented=augmented)
+            return input_moment(self.input_means(x, examples), sharing, images, wide, augmented=augmented)
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
         positions = math.prod(self.lengths(sizes)) * x.shape[0] // examples
         pixelwise = mask is not None and mask.numel() == examples * positions
         symmetric = all(before == after for before, after in self.padding)
-        if pixelwise or self.groups > 1 or not symmetric or self.weight.shape[-1] + augmented > max_dense:
-            return input_moment(self.input_rows(x, examples), sharing, mask, max_dense, augmented=augmented)
+        if pixelwise or self.groups > 1 or not symmetric or self.weight.shape[-1] + augmented > wide.above:
+            return input_moment(self.input_rows(x, examples), sharing, mask, wide, augmented=augmented)
         padding = [before for before, _ in self.padding]
         counted = None if images is None else images.repeat_interleave(x.shape[0] // examples)
         return patch_gram(x, self.kernel, self.stride, padding, self.dilation, counted=counted, augmented=augmented)
@@ -102,10 +103,10 @@ class Convolution(KroneckerLayer):
             g = g.unflatten(2, (self.groups, -1))
         return self.output_axes.rows(g, examples, leading=1)
 
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
         positions, width = math.prod(g.shape[3:]), g.shape[2] // self.groups
-        if sharing == "reduce" or width > max_dense or positions < width:
-            return output_moment(self.output_rows(g, kept, examples), sharing, max_dense)
+        if sharing == "reduce" or width > wide.above or positions < width:
+            return output_moment(self.output_rows(g, kept, examples), sharing, wide)
         images = g.reshape(-1, self.groups, width, positions)  # pixels stay where they are
         factor = (images @ images.mT).sum(0)
         return factor if self.groups > 1 else factor.squeeze(0)

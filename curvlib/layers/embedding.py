@@ -12,6 +12,7 @@ from curvlib.errors import CaptureError
 from curvlib.layers.base import Axes, KroneckerLayer, Layer, output_moment, positions_that_count, second_moment
 from curvlib.layers.rows import OneHotRows, Rows
 from curvlib.layers.table import Inspection, Use, entry
+from curvlib.layers.wide import Moment, Wide
 from curvlib.operators.layout import Region
 
 
@@ -20,7 +21,7 @@ class Embedding(KroneckerLayer):
     """z = W^T e(index): with W [V, d], the block's matrix is W^T [d, V].
 
     Under ``expand`` the input factor is exactly diag(token frequencies). Under ``reduce`` a row is the mean of an
-    example's one-hot vectors and the factor is dense (its diagonal alone beyond ``max_dense``). Positions that
+    example's one-hot vectors and the factor is dense (or what `Wide` keeps of it). Positions that
     hold ``padding_index`` do not train the table and do not count.
     """
 
@@ -42,8 +43,8 @@ class Embedding(KroneckerLayer):
         return self.index_axes.rows(x, examples).squeeze(-1) != self.padding_index  # [N, T]
 
     def input_factor(
-        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, max_dense: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
+    ) -> tuple[Tensor | Moment, Tensor]:
         index = self.index_axes.rows(x, examples).squeeze(-1)  # [N, T]
         counted = positions_that_count(mask, *index.shape)
         if self.padding_index is not None:
@@ -56,14 +57,14 @@ class Embedding(KroneckerLayer):
             return frequencies.index_add(0, index.reshape(-1), weights.reshape(-1)), weights.sum()
         counts = torch.zeros(examples, width, dtype=weights.dtype, device=index.device).scatter_add(1, index, weights)
         rows = counts.double() / weights.sum(1, keepdim=True).clamp(min=1)
-        return second_moment(rows, None, max_dense, augmented=False), (weights.sum(1) > 0).sum()
+        return second_moment(rows, None, wide, augmented=False), (weights.sum(1) > 0).sum()
 
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         rows = self.output_axes.rows(g, examples, leading=1)
         return rows if kept is None else rows * kept.unsqueeze(-1)
 
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, max_dense: int) -> Tensor:
-        return output_moment(self.output_rows(g, kept, examples), sharing, max_dense)
+    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
+        return output_moment(self.output_rows(g, kept, examples), sharing, wide)
 
 
 @entry(F.embedding)

@@ -1,0 +1,172 @@
+"""What becomes of a side that is too wide for a dense factor: a vocabulary, say.
+
+The default keeps the diagonal of the factor, which for the inputs of an embedding is all of it. No choice ever makes a
+matrix of width x width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
+from curvlib.operators import Dense, Diagonal, LowRank, Matrix, ScaledIdentity
+from curvlib.pytree import register, static
+
+
+class Moment(ABC):
+    """A sum of outer products over rows that is kept in less than a dense matrix; moments add up over batches."""
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self:
+        """The moment of both sets of rows."""
+
+    @abstractmethod
+    def __truediv__(self, count: Tensor) -> Self:
+        """The moment, divided by a number."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """The moment in another dtype."""
+
+    @abstractmethod
+    def side(self) -> Matrix:
+        """The side of a Kronecker product that it is."""
+
+
+@register
+class LowRankMoment(Moment):
+    """The leading eigenpairs of a sum of outer products, and the mean of the others."""
+
+    vectors: Tensor
+    values: Tensor
+    remainder: Tensor
+
+    def __add__(self, other: LowRankMoment) -> LowRankMoment:
+        factors = [LowRankFactor(x.vectors, x.values, x.remainder) for x in (self, other)]
+        return LowRankMoment(*low_rank_sum(factors, [1.0, 1.0], self.vectors.shape[-1]))
+
+    def __truediv__(self, count: Tensor) -> LowRankMoment:
+        return LowRankMoment(self.vectors, self.values / count, self.remainder / count)
+
+    def to(self, dtype: torch.dtype) -> LowRankMoment:
+        return LowRankMoment(*(x.to(dtype) for x in (self.vectors, self.values, self.remainder)))
+
+    def side(self) -> LowRank:
+        return LowRank(self.vectors, self.values, self.remainder)
+
+
+@register
+class IsotropicMoment(Moment):
+    """The trace of a sum of outer products, spread over all directions."""
+
+    trace: Tensor
+    width: int = static()
+
+    def __add__(self, other: IsotropicMoment) -> IsotropicMoment:
+        return IsotropicMoment(self.trace + other.trace, self.width)
+
+    def __truediv__(self, count: Tensor) -> IsotropicMoment:
+        return IsotropicMoment(self.trace / count, self.width)
+
+    def to(self, dtype: torch.dtype) -> IsotropicMoment:
+        return IsotropicMoment(self.trace.to(dtype), self.width)
+
+    def side(self) -> ScaledIdentity:
+        return ScaledIdentity(self.trace / self.width, (*self.trace.shape, self.width))
+
+
+def as_side(moment: Tensor | Moment, groups: int) -> Matrix:
+    """A moment [*groups, d, d], its diagonal [*groups, d], or what stands for it, as a side of a Kronecker product."""
+    if isinstance(moment, Moment):
+        return moment.side()
+    return Dense(moment) if moment.ndim == groups + 2 else Diagonal(moment)
+
+
+class Wide(ABC):
+    """What is kept of a factor whose side is wider than ``above``. Choices are frozen dataclasses."""
+
+    above: int
+
+    @abstractmethod
+    def moment(self, rows: Tensor) -> Tensor | Moment:
+        """The sum of outer products of rows [*groups, n, d], in less than d x d numbers."""
+
+    def zero(self, groups: tuple[int, ...], width: int, like: Tensor) -> Tensor | Moment:
+        """The moment of no rows."""
+        if width <= self.above:
+            return like.new_zeros(*groups, width, width)
+        return self.moment(like.new_zeros(*groups, 1, width))
+
+
+@dataclasses.dataclass(frozen=True)
+class WideDiagonal(Wide):
+    """The diagonal of the factor: the default.
+
+    Args:
+        above: the width beyond which a side counts as wide.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> params = {"w": torch.zeros(3, 40)}
+        >>> batch = (torch.randn(9, 3), torch.randint(40, (9,)))
+        >>> curv = cv.kfac(lambda p, x: x @ p["w"], params, batch, wide=cv.WideDiagonal(above=32))
+        >>> type(curv.blocks["w"].left).__name__, type(curv.blocks["w"].right).__name__
+        ('Diagonal', 'Dense')
+    """
+
+    above: int = 8192
+
+    def moment(self, rows: Tensor) -> Tensor:
+        return rows.square().sum(-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class WideLowRank(Wide):
+    """The leading eigenpairs of the factor and the mean of the others: trace exact, memory O(d k).
+
+    Args:
+        rank: k. Over several batches the pairs are those of a running sum that is cut to this rank each time.
+        above: the width beyond which a side counts as wide.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> params = {"w": torch.zeros(3, 40)}
+        >>> batch = (torch.randn(9, 3), torch.randint(40, (9,)))
+        >>> curv = cv.kfac(lambda p, x: x @ p["w"], params, batch, wide=cv.WideLowRank(4, above=32))
+        >>> curv.blocks["w"].left.vectors.shape
+        torch.Size([40, 4])
+    """
+
+    rank: int
+    above: int = 8192
+
+    def moment(self, rows: Tensor) -> LowRankMoment:
+        vectors, values, remainder = low_rank_gram(rows, self.rank)
+        return LowRankMoment(vectors, values * rows.shape[-2], remainder * rows.shape[-2])
+
+
+@dataclasses.dataclass(frozen=True)
+class WideIdentity(Wide):
+    """A multiple of the identity with the factor's trace: one number.
+
+    Args:
+        above: the width beyond which a side counts as wide.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> params = {"w": torch.zeros(3, 40)}
+        >>> batch = (torch.randn(9, 3), torch.randint(40, (9,)))
+        >>> curv = cv.kfac(lambda p, x: x @ p["w"], params, batch, wide=cv.WideIdentity(above=32))
+        >>> curv.blocks["w"].left.scale.shape
+        torch.Size([])
+    """
+
+    above: int = 8192
+
+    def moment(self, rows: Tensor) -> IsotropicMoment:
+        return IsotropicMoment(rows.square().sum((-2, -1)), rows.shape[-1])
