@@ -191,3 +191,23 @@ def test_the_bias_is_the_last_column_of_factor_and_vector_alike() -> None:
     result = case.kfac() @ vector
     torch.testing.assert_close(result["0.weight"], product[:, :3], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(result["0.bias"], product[:, 3], rtol=1e-12, atol=1e-14)
+
+
+# Nor may what a layer reads change under our hands: models write in place
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+def test_inputs_that_the_model_changes_in_place_later_are_taken_as_they_were(engine: str) -> None:
+    def model_fn(p: dict[str, Tensor], x: Tensor, *, in_place: bool) -> Tensor:
+        hidden = x @ p["0.w"]
+        scaled = torch.tanh(hidden * p["1.s"] + hidden @ p["2.v"])
+        hidden = hidden.mul_(3.0) if in_place else hidden * 3.0
+        return (scaled + hidden) @ p["3.o"]
+
+    params = {"0.w": normal(1, 3, 4), "1.s": normal(2, 4), "2.v": normal(3, 4, 4), "3.o": normal(4, 4, 2)}
+    for estimate in (cv.kfac, cv.ekfac, cv.tkfac, cv.diagonal):
+        one, other = (
+            estimate(
+                lambda p, x, how=how: model_fn(p, x, in_place=how), params, (X, Y), fisher="empirical", engine=engine
+            ).to_dense()
+            for how in (True, False)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

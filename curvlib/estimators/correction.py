@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
+from curvlib.estimators.factors import FactorCollector, UseSums
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass
 from curvlib.layers.base import KroneckerLayer, Layer
@@ -95,6 +96,42 @@ class MomentCollector(Collector):
         if block.name in self.totals:
             return self.totals[block.name]
         return Totals(self.moment.zero(block, run.outputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorsAndUses:
+    """What one pass over one batch yields for a weight: the sums for its factors, and its uses, a list a stack."""
+
+    factors: UseSums
+    stacks: tuple[tuple[Use, ...], ...]
+
+    def __add__(self, other: FactorsAndUses) -> FactorsAndUses:
+        return FactorsAndUses(self.factors + other.factors, self.stacks + other.stacks)
+
+
+class HoldingCollector(Collector):
+    """Makes factors, and holds rows and gradients until eigenbases are known: one pass in place of two."""
+
+    def __init__(self, now: Pass) -> None:
+        self.now, self.factors = now, FactorCollector(now)
+        self.uses: dict[Placement, list[Use]] = {}
+
+    def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
+        assert isinstance(layer, KroneckerLayer)
+        assert operand is not None
+        return self.factors.record(placement, layer, operand, z), layer.rows(operand, self.now.examples)
+
+    def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
+        assert isinstance(layer, KroneckerLayer)
+        factors, rows = kept
+        self.factors.consume(placement, layer, factors, g)
+        g = layer.output_rows(g, factors[2], self.now.examples)
+        self.uses.setdefault(placement, []).append(Use(rows, g.clone(), placement.transposed))
+
+    def sums(self, block: Block, run: Pullback) -> FactorsAndUses:
+        kept = [run.kept[p.site][p.layer][0] for p in block.placements]
+        stacks = [self.uses.pop(p) for p in block.placements if p in self.uses]
+        return FactorsAndUses(self.factors.of(block, run, kept), tuple(zip(*stacks, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

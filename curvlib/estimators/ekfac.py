@@ -19,14 +19,16 @@ from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError, NotKroneckerError, naming
-from curvlib.estimators.correction import Bases, EigenSquares, MomentCollector, Totals, TraceMoments
+from curvlib.estimators.correction import Bases, EigenSquares, HoldingCollector, MomentCollector, Totals, TraceMoments
 from curvlib.estimators.data import Batch, DataSet, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import added, assemble
+from curvlib.estimators.factors import added, assemble, check_finite, kronecker_block
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
+from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
+from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, EigenKronecker, Kronecker, Operator, Sum
 from curvlib.pytree import Domain, Tree, flatten, tree_map
@@ -51,6 +53,8 @@ def ekfac(
     plan: Plan | None = None,
 ) -> BlockDiagonal:
     """Eigenvalue-corrected KFAC: `kfac`, then `eigenvalue_correct` on the same data with the same draws.
+
+    One batch and one vector an example take one pass, which holds inputs and output gradients of all layers.
 
     Args:
         model_fn: as for `kfac`, as are the arguments not named here.
@@ -84,19 +88,49 @@ def ekfac(
     repeatable(batch)
     if fisher == "mc" and generator is None:
         generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
+    if not isinstance(batch, DataSet) and fisher != "type-2" and mc_samples == 1:
+        options = Options(loss, fisher, sharing, mc_samples, elementwise, "sum", wide, engine)
+        return corrected_in_one_pass(model_fn, params, batch, options, generator, plan, correction)
     again = None if generator is None else generator.clone_state()
     shared: dict[str, Any] = {"loss": loss, "fisher": fisher, "mc_samples": mc_samples, "engine": engine, "plan": plan}
     factors = kfac(
+        model_fn, params, batch, sharing=sharing, generator=generator, elementwise=elementwise, wide=wide, **shared
+    )
+    return eigenvalue_correct(factors, model_fn, params, batch, generator=again, correction=correction, **shared)
+
+
+def corrected_in_one_pass(
+    model_fn: ModelFn,
+    params: Tree,
+    batch: Batch,
+    options: Options,
+    generator: torch.Generator | None,
+    plan: Plan | None,
+    correction: str,
+) -> BlockDiagonal:
+    """EKFAC of one batch and one vector an example: rows and gradients of all layers are few enough to be held."""
+    statistics = measure_all(
         model_fn,
         params,
         batch,
-        sharing=sharing,
-        generator=generator,
-        elementwise=elementwise,
-        wide=wide,
-        **shared,
+        options,
+        generator,
+        plan,
+        lambda now: (HoldingCollector(now), ElementwiseCollector(now)),
     )
-    return eigenvalue_correct(factors, model_fn, params, batch, generator=again, correction=correction, **shared)
+
+    def make(block: Block, sums: Any) -> Operator:
+        if not block.kronecker:
+            return elementwise_block(block, sums, statistics, options)
+        factors = kronecker_block(block, sums.factors, statistics, options)
+        check_finite(factors)
+        bases = eigenbases(factors)
+        moment = EigenSquares({block.name: bases}, positionwise=correction == "position")
+        found = [moment.of(block, uses)[0] for uses in sums.stacks]
+        values = summed(found) if found else moment.zero(block, full_precision(statistics.normalizer))[0]
+        return EigenKronecker(*bases, values / statistics.divisor(options))
+
+    return assemble(statistics, Domain.of(params), make)
 
 
 def eigenvalue_correct(

@@ -28,7 +28,9 @@ class ElementwiseCollector(Collector):
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
         assert isinstance(layer, Elementwise)
         x = None if operand is None or layer.scale is None else full_precision(operand)
-        return layer.forward_only(x, z, self.now.examples) if self.now.options.fisher == "forward-only" else x
+        if self.now.options.fisher == "forward-only":
+            return layer.forward_only(x, z, self.now.examples)
+        return None if x is None else x.clone()  # the model may change its own in place
 
     def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
         assert isinstance(layer, Elementwise)

@@ -70,11 +70,15 @@ class FactorCollector(Collector):
         self.outputs[placement] = factor if previous is None else previous + factor
 
     def sums(self, block: Block, run: Pullback) -> UseSums:
-        return UseSums(tuple(self.use(placement, run) for placement in block.placements))
+        return self.of(block, run, [run.kept[p.site][p.layer] for p in block.placements])
 
-    def use(self, placement: Placement, run: Pullback) -> FactorSums:
+    def of(self, block: Block, run: Pullback, kept: Sequence[Any]) -> UseSums:
+        """The sums of all uses of a weight, from what was kept at each."""
+        return UseSums(tuple(self.use(p, run, k) for p, k in zip(block.placements, kept, strict=True)))
+
+    def use(self, placement: Placement, run: Pullback, kept: Any) -> FactorSums:
         """The sums of one use of a weight."""
-        inputs, rows, _ = run.kept[placement.site][placement.layer]
+        inputs, rows, _ = kept
         if self.now.options.fisher == "forward-only":
             return FactorSums(inputs, rows, None)
         outputs = self.outputs.get(placement)

@@ -35,7 +35,7 @@ class Embedding(KroneckerLayer):
         raise AssertionError("an embedding has no bias")
 
     def rows(self, x: Tensor, examples: int) -> Rows:
-        return OneHotRows(self.index_axes.rows(x, examples).squeeze(-1), self.weight.shape[-1])
+        return OneHotRows(self.index_axes.rows(x, examples).squeeze(-1).clone(), self.weight.shape[-1])
 
     def keep(self, x: Tensor, examples: int) -> Tensor | None:
         if self.padding_index is None:

@@ -70,9 +70,9 @@ class DenseRows(Rows):
 
     @classmethod
     def of(cls, rows: Tensor, *, augmented: bool) -> DenseRows:
-        """Rows in full precision, with a one appended to each if ``augmented``."""
+        """Rows in full precision, with a one appended to each if ``augmented``; a copy that the model cannot change."""
         rows = full_precision(rows)
-        return cls(torch.nn.functional.pad(rows, (0, 1), value=1.0) if augmented else rows)
+        return cls(torch.nn.functional.pad(rows, (0, 1), value=1.0) if augmented else rows.clone())
 
     @property
     def shape(self) -> torch.Size:
