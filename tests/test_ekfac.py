@@ -205,3 +205,22 @@ def test_gradients_in_chunks_equal_gradients_at_once(model: str, monkeypatch: py
     monkeypatch.setattr("curvlib.layers.rows.GRADIENTS_AT_ONCE", 1)
     for how, matrix in zip((cv.ekfac, cv.tkfac), expected, strict=True):
         torch.testing.assert_close(estimate(how, case).to_dense(), matrix, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_few_rows_on_a_wide_side_need_no_decomposition_of_all_of_it(fisher: str) -> None:
+    case = problem(nn.Sequential(nn.Linear(300, 7), nn.Tanh(), nn.Linear(7, 260)), normal(1, 6, 300), "mse", "mean")
+    curv = estimate(cv.ekfac, case, fisher=fisher, generator=generator(0))
+    kfac = estimate(cv.kfac, case, fisher=fisher, generator=generator(0))
+    whole = cv.eigenvalue_correct(
+        kfac, case.model_fn, case.params, case.batch, loss=cv.MSE(), fisher=fisher, generator=generator(0)
+    )
+    shapes = {name: tuple(block.values.shape) for name, block in curv.blocks.items()}
+    assert shapes == {"0.weight": (7, 7), "2.weight": (7, 8)}  # six rows, and all that is orthogonal to them
+    for name, block in curv.blocks.items():
+        expected = whole.blocks[name]
+        torch.testing.assert_close(block.trace(), expected.trace(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(block.to_dense(), expected.to_dense(), rtol=1e-7, atol=1e-10)
+        vector = normal(3, *block.shape)
+        solved = block.inverse(0.1) @ vector
+        torch.testing.assert_close(solved, expected.inverse(0.1) @ vector, rtol=1e-7, atol=1e-9)

@@ -15,7 +15,7 @@ from curvlib.estimators.factors import FactorCollector, UseSums
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass
 from curvlib.layers.base import KroneckerLayer, Layer
-from curvlib.layers.rows import DenseRows, Rows, chunks, summed
+from curvlib.layers.rows import DenseRows, Rows, chunks, sum_of_squares, summed
 from curvlib.operators.bases import Basis
 
 Bases = tuple[Basis, Basis]
@@ -158,14 +158,14 @@ class EigenSquares(Moment):
         squares = []
         for start, stop in chunks(uses[0].rows.shape, uses[0].g):
             gradients = summed([use.gradients(start, stop) for use in uses])
-            squares.append(right.analyse_right(left.analyse_left(gradients)).square().sum((0, 1)))
+            squares.append(sum_of_squares(right.analyse_right(left.analyse_left(gradients))))
         return (summed(squares),)
 
     def projected(self, use: Use, left: Basis, right: Basis) -> tuple[Rows, Tensor]:
         """Rows and gradients in the coordinates of the bases."""
         if use.transposed:
             left, right = right, left
-        return use.rows.in_basis(right, use.g), left.analyse_left(use.g.mT).mT
+        return use.rows.in_basis(right, use.g), left.analyse_right(use.g)
 
     def rows_are_cheaper(self, use: Use) -> bool:
         """Whether it takes fewer multiplications to rotate the T rows than the gradient [d_out, d_in]."""

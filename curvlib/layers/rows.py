@@ -93,7 +93,7 @@ class DenseRows(Rows):
     def squares(self, g: Tensor) -> Tensor:
         if self.shape[-2] == 1:
             return self.position_squares(g)
-        return summed([self.part(i, j).gradients(g[:, i:j]).square().sum((0, 1)) for i, j in chunks(self.shape, g)])
+        return summed([sum_of_squares(self.part(i, j).gradients(g[:, i:j])) for i, j in chunks(self.shape, g)])
 
     def position_squares(self, g: Tensor) -> Tensor:
         return across_rows(g.square().sum(0), self.values.square(), 1)
@@ -159,6 +159,11 @@ class OneHotRows(Rows):
 
     def right_moment(self, g: Tensor) -> Tensor:
         return self.squares(g).sum(0)
+
+
+def sum_of_squares(matrices: Tensor) -> Tensor:
+    """Entrywise, over the first two axes, without a tensor of the squares."""
+    return torch.linalg.vector_norm(matrices, dim=(0, 1)).square()
 
 
 def groups_first(rows: Tensor, leading: int) -> Tensor:
