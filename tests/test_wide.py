@@ -94,3 +94,13 @@ def test_a_vocabulary_of_50257_takes_memory_in_proportion(wide: Any) -> None:
         curv.damp(1e-3).logdet()
         curv.inverse(1e-3).sample(torch.Generator().manual_seed(0))
     assert largest.numel <= 4 * vocabulary * width
+
+
+def test_the_default_says_once_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    case = problem(nn.Sequential(nn.Linear(3, 17)), normal(1, 7, 3), "cross-entropy", "mean")
+    with caplog.at_level("WARNING", logger="curvlib"):
+        for _ in range(2):
+            estimate(case, cv.WideDiagonal(above=15))
+    assert [record.getMessage() for record in caplog.records] == [
+        "a side of width 17 is wider than 15: only the diagonal of its factor is kept; `wide` offers other choices"
+    ]

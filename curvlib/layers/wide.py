@@ -7,6 +7,8 @@ matrix of width x width.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from abc import ABC, abstractmethod
 from typing import Self
 
@@ -80,6 +82,16 @@ class IsotropicMoment(Moment):
         return ScaledIdentity(self.trace / self.width, (*self.trace.shape, self.width))
 
 
+@functools.cache
+def announce(width: int, above: int) -> None:
+    """Says once for each width that a factor loses its off-diagonal entries."""
+    logging.getLogger("curvlib").warning(
+        "a side of width %d is wider than %d: only the diagonal of its factor is kept; `wide` offers other choices",
+        width,
+        above,
+    )
+
+
 def as_side(moment: Tensor | Moment, groups: int) -> Matrix:
     """A moment [*groups, d, d], its diagonal [*groups, d], or what stands for it, as a side of a Kronecker product."""
     if isinstance(moment, Moment):
@@ -122,6 +134,7 @@ class WideDiagonal(Wide):
     above: int = 8192
 
     def moment(self, rows: Tensor) -> Tensor:
+        announce(rows.shape[-1], self.above)
         return rows.square().sum(-2)
 
 
