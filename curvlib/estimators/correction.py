@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import DenseRows, Rows, chunks, sum_of_squares, summed
+from curvlib.linalg.gram import full_precision
 from curvlib.operators.bases import Basis
 
 Bases = tuple[Basis, Basis]
@@ -33,6 +34,12 @@ class Use:
         """The part of D_n of these examples that is due to this use, in the orientation of the block."""
         found = self.rows.part(start, stop).gradients(self.g[:, start:stop])
         return found.mT if self.transposed else found
+
+
+def in_chunks(uses: Sequence[Use]) -> Iterator[Tensor]:
+    """D_n, added over all uses, for as many examples at a time as fit into memory."""
+    for start, stop in chunks(uses[0].rows.shape, uses[0].g):
+        yield summed([use.gradients(start, stop) for use in uses])
 
 
 class Moment(ABC):
@@ -58,12 +65,15 @@ class Totals:
 
 
 class MomentCollector(Collector):
-    """Keeps the rows of every layer, and forms a moment as soon as all uses of a weight have their gradients."""
+    """Keeps the rows of every layer, and forms a moment as soon as all uses of a weight have their gradients.
+
+    A tied weight's uses in one stack of vectors wait for each other: until the next stack, or the end, comes.
+    """
 
     def __init__(self, now: Pass, moment: Moment) -> None:
         self.now, self.moment = now, moment
         self.totals: dict[str, Totals] = {}
-        self.waiting: dict[Placement, list[Use]] = {}
+        self.waiting: dict[str, dict[Placement, Use]] = {}
         self.block_of = {placement: block for block in now.plan.blocks for placement in block.placements}
 
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
@@ -81,8 +91,16 @@ class MomentCollector(Collector):
         block = self.block_of[placement]
         if len(block.placements) == 1:
             self.add(block, [use])
-        else:
-            self.waiting.setdefault(placement, []).append(use)
+            return
+        if placement in self.waiting.get(block.name, {}):
+            self.release(block)
+        self.waiting.setdefault(block.name, {})[placement] = use
+
+    def release(self, block: Block) -> None:
+        """Forms the moment of the uses that wait."""
+        uses = self.waiting.pop(block.name, {})
+        if uses:
+            self.add(block, list(uses.values()))
 
     def add(self, block: Block, uses: Sequence[Use]) -> None:
         """Adds the moment of one stack of vectors."""
@@ -90,12 +108,10 @@ class MomentCollector(Collector):
         self.totals[block.name] = self.totals[block.name] + found if block.name in self.totals else found
 
     def sums(self, block: Block, run: Pullback) -> Totals:
-        stacks = [self.waiting.pop(placement) for placement in block.placements if placement in self.waiting]
-        for uses in zip(*stacks, strict=True):
-            self.add(block, uses)
+        self.release(block)
         if block.name in self.totals:
             return self.totals[block.name]
-        return Totals(self.moment.zero(block, run.outputs))
+        return Totals(self.moment.zero(block, full_precision(run.outputs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +171,7 @@ class EigenSquares(Moment):
         if len(uses) == 1 and self.rows_are_cheaper(uses[0]):
             rows, g = self.projected(uses[0], left, right)
             return (rows.squares(g),)
-        squares = []
-        for start, stop in chunks(uses[0].rows.shape, uses[0].g):
-            gradients = summed([use.gradients(start, stop) for use in uses])
-            squares.append(sum_of_squares(right.analyse_right(left.analyse_left(gradients))))
-        return (summed(squares),)
+        return (summed([sum_of_squares(right.analyse_right(left.analyse_left(d))) for d in in_chunks(uses)]),)
 
     def projected(self, use: Use, left: Basis, right: Basis) -> tuple[Rows, Tensor]:
         """Rows and gradients in the coordinates of the bases."""
@@ -179,6 +191,19 @@ class EigenSquares(Moment):
 
 
 @dataclasses.dataclass(frozen=True)
+class GradientSquares(Moment):
+    """sum_n D_n o D_n: the diagonal."""
+
+    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+        if len(uses) == 1 and not uses[0].transposed:
+            return (uses[0].rows.squares(uses[0].g),)
+        return (summed([sum_of_squares(gradients) for gradients in in_chunks(uses)]),)
+
+    def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
+        return (like.new_zeros(block.layout.shape),)
+
+
+@dataclasses.dataclass(frozen=True)
 class TraceMoments(Moment):
     """sum_n D_n D_n^T and sum_n D_n^T D_n, the factors of TKFAC (of a wide side: its diagonal)."""
 
@@ -190,8 +215,7 @@ class TraceMoments(Moment):
         if len(uses) == 1 and max(rows, columns) <= widest:
             return uses[0].rows.left_moment(uses[0].g), uses[0].rows.right_moment(uses[0].g)
         lefts, rights = [], []
-        for start, stop in chunks(uses[0].rows.shape, uses[0].g):
-            gradients = summed([use.gradients(start, stop) for use in uses])
+        for gradients in in_chunks(uses):
             lefts.append(moment(gradients.mT, rows <= widest))
             rights.append(moment(gradients, columns <= widest))
         return summed(lefts), summed(rights)

@@ -8,25 +8,21 @@ are never formed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvlib.capture import Plan
-from curvlib.capture.engines import ModelFn, Pullback
-from curvlib.capture.plan import Block, Placement
+from curvlib.capture.engines import ModelFn
+from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
+from curvlib.estimators.correction import GradientSquares, MomentCollector
 from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import Collector, Pass, measure_all
-from curvlib.layers.base import KroneckerLayer, Layer
-from curvlib.layers.rows import GRADIENTS_AT_ONCE, Rows
+from curvlib.estimators.statistics import measure_all
 from curvlib.layers.wide import WideDiagonal
-from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Diagonal, Operator
 from curvlib.pytree import Domain, Tree
@@ -95,77 +91,18 @@ def diagonal(
         engine=engine,
     )
     statistics = measure_all(
-        model_fn, params, batch, options, generator, plan, lambda now: (SquareCollector(now), ElementwiseCollector(now))
+        model_fn,
+        params,
+        batch,
+        options,
+        generator,
+        plan,
+        lambda now: (MomentCollector(now, GradientSquares()), ElementwiseCollector(now)),
     )
 
-    def make(block: Block, sums: Tensor) -> Operator:
+    def make(block: Block, sums: Any) -> Operator:
         if not block.kronecker:
             return elementwise_block(block, sums, statistics, options)
-        return Diagonal(sums / statistics.divisor(options))
+        return Diagonal(sums.tensors[0] / statistics.divisor(options))
 
     return assemble(statistics, Domain.of(params), make)
-
-
-class SquareCollector(Collector):
-    """Sums of squares of per-example weight gradients.
-
-    The gradients of a tied weight's uses add up before they are squared: the output gradients of one stack of vectors
-    wait until all of its uses have been seen, which is when the next stack, or the end, comes.
-    """
-
-    def __init__(self, now: Pass) -> None:
-        self.now = now
-        self.squares: dict[str, Tensor] = {}
-        self.waiting: dict[str, dict[Placement, tuple[Rows, Tensor]]] = {}
-        self.block_of = {placement: block for block in now.plan.blocks for placement in block.placements}
-
-    def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
-        assert isinstance(layer, KroneckerLayer)
-        assert operand is not None
-        return layer.rows(operand, self.now.examples), layer.keep(operand, self.now.examples)
-
-    def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
-        assert isinstance(layer, KroneckerLayer)
-        rows, mask = kept
-        block, gradients = self.block_of[placement], layer.output_rows(g, mask, self.now.examples)
-        if len(block.placements) == 1:
-            self.add(block, rows.squares(gradients))
-            return
-        if placement in self.waiting.get(block.name, {}):
-            self.square(block)
-        self.waiting.setdefault(block.name, {})[placement] = rows, gradients
-
-    def add(self, block: Block, squares: Tensor) -> None:
-        """Adds to the sum of a block."""
-        self.squares[block.name] = self.squares[block.name] + squares if block.name in self.squares else squares
-
-    def square(self, block: Block) -> None:
-        """Adds the squared sum of the gradients that wait for a tied weight."""
-        uses = self.waiting.pop(block.name, {})
-        if not uses:
-            return
-        vectors = next(iter(uses.values()))[1].shape[0]
-        for (first, last), (start, stop) in chunks(vectors, self.now.examples, block.layout.numel):
-            total: Tensor | None = None
-            for placement, (rows, g) in uses.items():
-                gradients = rows.part(start, stop).gradients(g[first:last, start:stop])
-                gradients = gradients.mT if placement.transposed else gradients
-                total = gradients if total is None else total + gradients
-            assert total is not None
-            self.add(block, total.square().sum((0, 1)))
-
-    def sums(self, block: Block, run: Pullback) -> Tensor:
-        self.square(block)
-        if block.name in self.squares:
-            return self.squares[block.name]
-        return full_precision(run.outputs).new_zeros(block.layout.shape)  # no vector reached it
-
-
-def chunks(vectors: int, examples: int, size: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges of vectors and of examples whose gradients, ``size`` elements each, fit into memory together."""
-    together = max(1, GRADIENTS_AT_ONCE // max(1, size))
-    k = min(vectors, together)
-    n = max(1, together // k)
-    for first in range(0, vectors, k):
-        for start in range(0, examples, n):
-            yield (first, min(first + k, vectors)), (start, min(start + n, examples))

@@ -33,8 +33,8 @@ class FactorSums:
     outputs: Tensor | Moment | None
 
     def __add__(self, other: FactorSums) -> FactorSums:
-        outputs = None if self.outputs is None else total(self.outputs, other.outputs)
-        return FactorSums(total(self.inputs, other.inputs), self.rows + other.rows, outputs)
+        outputs = None if self.outputs is None else summed([self.outputs, other.outputs])
+        return FactorSums(summed([self.inputs, other.inputs]), self.rows + other.rows, outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +147,6 @@ def added(sides: Sequence[Matrix]) -> Matrix:
     if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
         return Diagonal(summed([side.diagonals() for side in sides]))
     return Dense(summed([side.matrices() for side in sides]))
-
-
-def total(one: Any, other: Any) -> Any:
-    """The moment of two batches."""
-    return one + other
 
 
 def divide(moment: Tensor | Moment, count: Tensor) -> Tensor | Moment:
