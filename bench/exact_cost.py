@@ -1,4 +1,7 @@
-"""What EKFAC and products with the exact GGN cost, in units of one gradient, beside curvlinops in the same run.
+"""What EKFAC and products with the exact GGN cost, in units of one gradient, beside other libraries in the same run.
+
+EKFAC is measured beside curvlinops, products beside curvlinops and hessian-eigenthings, whose operators multiply one
+vector at a time.
 
 Timing is as in `kfac_cost`: interleaved repetitions in random order, each on a fresh batch, and medians of the ratio to
 the seed's median gradient. EKFAC is factors, eigenbases and corrected eigenvalues. A product with the GGN is
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 from curvlinops import EKFACLinearOperator, GGNLinearOperator
+from hessian_eigenthings import GGNOperator, supervised_forward, supervised_loss_of_output
 from kfac_cost import ClassesSecond, gradient, supported_by_curvlinops
 from models import Batch, Workload, workloads
 from torch import Tensor, nn
@@ -86,20 +90,28 @@ def ggn_contenders(workload: Workload, module: nn.Module, batch: Batch) -> dict[
         check_deterministic=False,
         num_data=len(batch[0]),
     )
+    others = GGNOperator(wrapped, [batch], supervised_forward, supervised_loss_of_output(nn.functional.cross_entropy))
     one = {name: torch.randn_like(leaf) for name, leaf in params.items()}
     many = {name: torch.randn(VECTORS, *leaf.shape) for name, leaf in params.items()}
     flat = torch.cat([leaf.flatten() for leaf in one.values()])
     stack = torch.randn(len(flat), VECTORS)
 
     def product(vectors: Tensor) -> object:
-        with sdpa_kernel(SDPBackend.MATH):  # the fast attention has no forward mode, which curvlinops needs
+        with sdpa_kernel(SDPBackend.MATH):  # the fast attention has no forward mode, which both need
             return theirs @ vectors
 
+    def one_by_one(rows: Tensor) -> object:
+        with sdpa_kernel(SDPBackend.MATH):
+            return [others @ row for row in rows]
+
+    rows = stack.mT.contiguous()
     return {
         "GGN, 1 vector | curvlib": lambda _: ours @ one,
         "GGN, 1 vector | curvlinops": lambda _: product(flat),
+        "GGN, 1 vector | hessian-eigenthings": lambda _: one_by_one(flat.unsqueeze(0)),
         f"GGN, {VECTORS} vectors, each | curvlib": lambda _: ours.matmat(many),
         f"GGN, {VECTORS} vectors, each | curvlinops": lambda _: product(stack),
+        f"GGN, {VECTORS} vectors, each | hessian-eigenthings": lambda _: one_by_one(rows),
     }
 
 

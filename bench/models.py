@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from language_model import GPT
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,58 +36,6 @@ class Workload:
     batch: Callable[[torch.Generator], Batch]
     positions: int = 1
     fishers: tuple[str, ...] = ("mc", "empirical")
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one projection for queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attend = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, width = x.shape
-        q, k, v = (
-            part.view(n, t, self.heads, width // self.heads).transpose(1, 2) for part in self.attend(x).chunk(3, -1)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.project(mixed.transpose(1, 2).reshape(n, t, width))
-
-
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm_1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
-
-
-class GPT(nn.Module):
-    """A decoder-only transformer with learned positions; token indices [N, T] -> logits [N, T, vocabulary]."""
-
-    def __init__(self, layers: int, width: int, heads: int, vocabulary: int, length: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        for name, parameter in self.named_parameters():
-            if name.endswith("weight") and parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
-        return self.head(self.norm(self.blocks(x)))
 
 
 def mlp(widths: tuple[int, ...]) -> nn.Module:

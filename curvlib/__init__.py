@@ -8,6 +8,7 @@ from curvlib.capture import Plan, plan
 from curvlib.estimators import (
     Jacobian,
     MatrixFree,
+    block_diagonal,
     diagonal,
     eigenvalue_correct,
     ekfac,
@@ -23,11 +24,12 @@ from curvlib.estimators import (
 )
 from curvlib.functional import functional
 from curvlib.io import load, save
-from curvlib.layers.wide import WideDiagonal, WideIdentity, WideLowRank
+from curvlib.layers.wide import WideBlocks, WideDiagonal, WideIdentity, WideLowRank
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
 from curvlib.operators import (
     BlockDiagonal,
     Dense,
+    DenseBlocks,
     Diagonal,
     EigenKronecker,
     FactoredTikhonov,
@@ -46,6 +48,7 @@ from curvlib.operators import (
     truncation_report,
 )
 from curvlib.pytree import ravel, unravel
+from curvlib.spectrum import low_rank
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,7 @@ __all__ = [
     "CrossEntropy",
     "CustomLoss",
     "Dense",
+    "DenseBlocks",
     "Diagonal",
     "EigenKronecker",
     "FactoredTikhonov",
@@ -72,9 +76,11 @@ __all__ = [
     "ScaledIdentity",
     "Sum",
     "Tikhonov",
+    "WideBlocks",
     "WideDiagonal",
     "WideIdentity",
     "WideLowRank",
+    "block_diagonal",
     "diagonal",
     "eigenvalue_correct",
     "ekfac",
@@ -88,6 +94,7 @@ __all__ = [
     "jacobian",
     "kfac",
     "load",
+    "low_rank",
     "merge_factors",
     "nearest_kronecker",
     "over",

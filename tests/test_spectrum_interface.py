@@ -128,7 +128,7 @@ def test_numbers_that_make_no_sense_are_refused_by_name() -> None:
         options: dict[str, Any] = {name: 0}
         message = error(ArgumentError, lambda options=options: spectrum.density(operator, **options))
         assert message == f"{name} must be at least 1, got 0"
-    assert error(ArgumentError, lambda: spectrum.trace(operator, 1)) == "samples must be at least 2, got 1"
+    assert error(ArgumentError, lambda: spectrum.trace(operator, 1)) == "samples must be at least 4, got 1"
     assert error(ArgumentError, lambda: spectrum.top_eigenvalues(operator, 0)) == "k must be at least 1, got 0"
     assert "4 rows, which is less than k=5" in error(ArgumentError, lambda: spectrum.top_eigenvalues(operator, 5))
     for name in ("block_size", "basis_size", "max_iterations"):

@@ -55,9 +55,14 @@ def assign(domain: Domain, sites: list[Site]) -> tuple[Block, ...]:
     for i, site in enumerate(sites):
         for j, layer in enumerate(site.layers):
             if isinstance(layer, KroneckerLayer):
-                matrices.setdefault(layer.weight.elements, []).append((layer, Placement(i, j)))
+                matrices.setdefault(layer.weight.elements, []).append(
+                    (layer, Placement(i, j, chosen=site.chosen is not None))
+                )
             else:
-                leaves, placements = {region.leaf for region in layer.regions}, [Placement(i, j)]
+                leaves, placements = (
+                    {region.leaf for region in layer.regions},
+                    [Placement(i, j, chosen=site.chosen is not None)],
+                )
                 for group in [group for group in groups if group[0] & leaves]:
                     leaves, placements = leaves | group[0], group[1] + placements
                     groups.remove(group)

@@ -19,8 +19,9 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvlib.capture.discover import expand_examples
+from curvlib.capture.examples import expand_examples
 from curvlib.capture.plan import Plan, Site
+from curvlib.capture.routing import located
 from curvlib.errors import ArgumentError, CaptureError
 from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.table import Entry
@@ -62,9 +63,12 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
         params: pytree of tensors.
         inputs: pytree.
         record: called as record(site number, the operand the site's layers read, the site's output); what it returns
-            (a pytree of tensors or None) is kept for ``consume``.
+            (a pytree of tensors or None) is kept for ``consume``. A call on chosen rows that this batch lacks is not
+            recorded.
         engine: "functional", "autograd", or None: functional under a transform or a trace, else autograd.
     """
+    if plan.routes:
+        plan = located(plan, model_fn, params, inputs, examples_in(inputs))
     if engine is None:
         engine = "autograd" if is_eager() else "functional"
     if is_eager():  # under a transform gradients may be wanted; else nothing must refer to the caller's graph
@@ -143,7 +147,8 @@ def examples_in(inputs: Any) -> int:
 
 def stack_width(plan: Plan, examples: int) -> int:
     """How many vectors may be pulled back together."""
-    return max(1, ELEMENTS_AT_ONCE // sum(math.prod(site.output_shape(examples)) for site in plan.sites))
+    elements = sum(math.prod(site.output_shape(examples)) for site in plan.sites)
+    return max(1, ELEMENTS_AT_ONCE // max(1, elements))
 
 
 class FunctionalPullback:
@@ -191,7 +196,8 @@ class FunctionalPullback:
             else:
                 gradients = torch.func.vmap(self._pull)(part)[0]
             for number, g in enumerate(gradients):
-                consume(number, self.kept[number], g)
+                if self.plan.sites[number].ordinal >= 0:
+                    consume(number, self.kept[number], g)
 
 
 class Tap(torch.autograd.Function):

@@ -18,6 +18,21 @@ Size = tuple[int, bool]  # (k, True) means k * N, (k, False) means k
 
 
 @dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What is known of a call's R rows that are chosen by values.
+
+    Attributes:
+        operand: the shape of the operand that the layers read; (k, True) stands for k R.
+        dtype: its dtype.
+        loose: which rows belong to one example is not known; else each is another example.
+    """
+
+    operand: tuple[Size, ...]
+    dtype: torch.dtype
+    loose: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One call that uses parameters.
 
@@ -27,8 +42,9 @@ class Site:
         layers: what the call does with parameters; more than one when weight and bias are accounted for apart.
         operand: the operand that the layers read.
         dtype: the output's dtype.
-        shape: the output's shape; (k, True) stands for k times the number of examples.
+        shape: the output's shape; (k, True) stands for k times the number of examples, or of chosen rows.
         expanded: the output has no axis of examples and is expanded by one, in front.
+        chosen: not None if the call's rows are chosen by values, so that their number differs from batch to batch.
     """
 
     ordinal: int
@@ -38,6 +54,7 @@ class Site:
     dtype: torch.dtype
     shape: tuple[Size, ...]
     expanded: bool
+    chosen: Chosen | None = None
 
     @property
     def use(self) -> Use:
@@ -50,12 +67,35 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
+class Route:
+    """How a call of a plan is recognized in a run in which calls before it may be missing.
+
+    Attributes:
+        regions: the parameters' elements among its operands.
+        site: the call.
+        number: the number of the site that accounts for it; None: it adds the bias of another site.
+    """
+
+    regions: tuple[Region, ...]
+    site: Site
+    number: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
-    """One use that contributes to a block: which layer of which site, and whether its matrix is transposed there."""
+    """One use that contributes to a block.
+
+    Attributes:
+        site: the number of the site.
+        layer: which of its layers.
+        transposed: whether the block's matrix is transposed there.
+        chosen: whether its rows are chosen by values.
+    """
 
     site: int
     layer: int
     transposed: bool = False
+    chosen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +126,7 @@ class Plan:
         calls: how many calls of known functions the model makes in all.
         static: whether it holds for every batch of the same shapes (false if control flow depends on values).
         output: the shape of the model's output.
+        routes: the calls that use parameters, if the model chooses rows by values: a batch may lack those on such rows.
 
     Example:
         >>> import curvlib as cv
@@ -101,6 +142,7 @@ class Plan:
     calls: int
     output: tuple[Size, ...]
     static: bool
+    routes: tuple[Route, ...] = ()
 
     def output_shape(self, examples: int) -> tuple[int, ...]:
         """The shape of the model's output for N examples."""
@@ -111,13 +153,21 @@ class Plan:
         for site in self.sites:
             for layer in site.layers:
                 uses = ", ".join(self.describe(region) for region in layer.regions)
-                rows.append((f"{site.ordinal} {site.call}", shape_text(site.shape), uses, kind_text(layer)))
+                rows.append(
+                    (
+                        f"{site.ordinal} {site.call}",
+                        shape_text(site.shape, "R" if site.chosen else "N"),
+                        uses,
+                        kind_text(layer),
+                    )
+                )
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines.append(
             f"{len(self.domain.names)} parameters in {len(self.sites)} of {self.calls} known calls, "
             f"{len(self.blocks)} blocks; output {shape_text(self.output)}"
+            + ("; R: rows chosen by values" if any(site.chosen for site in self.sites) else "")
         )
         return "\n".join(lines)
 
@@ -134,9 +184,9 @@ class Plan:
         return f"{name}[{', '.join(slices)}]"
 
 
-def shape_text(shape: tuple[Size, ...]) -> str:
+def shape_text(shape: tuple[Size, ...], unit: str = "N") -> str:
     """[N, 128*N, 3]."""
-    return "[" + ", ".join(("N" if k == 1 else f"{k}*N") if batch else str(k) for k, batch in shape) + "]"
+    return "[" + ", ".join((unit if k == 1 else f"{k}*{unit}") if counts else str(k) for k, counts in shape) + "]"
 
 
 def kind_text(layer: Layer) -> str:

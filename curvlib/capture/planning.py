@@ -14,9 +14,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from curvlib.capture.aliases import parameters, tensors_in
 from curvlib.capture.blocks import assign, split_lone_biases
-from curvlib.capture.discover import Discover, Examples, parameters, tensors_in
+from curvlib.capture.discover import Discover
+from curvlib.capture.examples import Examples
 from curvlib.capture.plan import Plan, Site
+from curvlib.capture.routing import loosened
 from curvlib.errors import CaptureError, CurvlibError, DeviceError, EmptyBatchError, UnusedParameterError
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain, Tree, flatten
@@ -29,8 +32,9 @@ PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
 def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
     """Finds out which call uses which parameter, and as what, without computing anything.
 
-    The model runs once on fake tensors. A model whose control flow depends on values cannot; it runs on a copy of
-    its parameters instead.
+    The model runs once on fake tensors. If it chooses rows by values (the tokens that are routed to an expert), by
+    `nonzero`, `where` or a mask as an index, they are rows of unknown number. A model whose control flow depends on
+    values in other ways runs on a copy of its parameters instead.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs [N, ...].
@@ -63,8 +67,11 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
     number = int(tensors[0].shape[0]) if tensors else 1
     if any(tensor.numel() == 0 for tensor in tensors):
         raise EmptyBatchError("the batch is empty: a tensor of inputs has no element")
-    prime = unused_prime([*domain.shapes, *(tuple(map(int, t.shape[int(t.shape[0]) == number :])) for t in tensors)])
-    runs = [(Examples(prime, marked=True), True), (Examples(number, marked=False), True)]
+    prime, chosen = unused_primes(
+        [*domain.shapes, *(tuple(map(int, t.shape[int(t.shape[0]) == number :])) for t in tensors)]
+    )
+    runs = [(Examples(prime, marked=True), True), (Examples(prime, marked=True, chosen=chosen), True)]
+    runs.append((Examples(number, marked=False), True))
     if is_eager():
         runs.append((Examples(number, marked=False), False))
     failure: Exception | None = None
@@ -92,7 +99,9 @@ def discover(
     try:
         outputs = run(model_fn, mode, batch, fake=fake)
         check_outputs(outputs, examples)
-    except CurvlibError:
+    except CurvlibError as error:
+        if mode.follows_branches:
+            raise GuessError from error
         raise
     except Exception as error:
         if not mode.expanded:
@@ -103,8 +112,17 @@ def discover(
         raise CaptureError(
             f"{', '.join(lonely)}: the output has no axis that counts examples, and giving it one breaks the "
             f"model: {error}"
+            + (
+                ""
+                if examples.marked
+                else "; rows that are chosen by values are followed if nonzero, where or a mask "
+                "as an index chooses them"
+            )
         ) from error
-    sites = split_lone_biases(mode.settled(outputs))
+    if mode.follows_branches:
+        raise GuessError
+    found, routes = mode.settled(outputs)
+    sites = split_lone_biases(found)
     used = {region.leaf for site in sites for layer in site.layers for region in layer.regions}
     unused = [leaf for leaf in range(len(domain.names)) if leaf not in used]
     if unused:
@@ -112,7 +130,13 @@ def discover(
             f"the model never uses {parameters(domain, unused)}: leave out of params what it does not use"
             + ("" if used else ", or make model_fn read its first argument (it uses no parameter at all)")
         )
-    return Plan(domain, tuple(sites), assign(domain, sites), mode.calls, examples.sizes(outputs), static=fake)
+    blocks = assign(domain, sites)
+    sites = loosened(domain, sites, blocks)
+    return Plan(domain, tuple(sites), blocks, mode.calls, examples.sizes(outputs), static=fake, routes=routes)
+
+
+class GuessError(Exception):
+    """Values were guessed that no row depends on that is chosen; another way to run the model knows them."""
 
 
 class BatchAxisError(Exception):
@@ -157,7 +181,7 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, int], *, fake: bool
             devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
             stack.enter_context(torch.random.fork_rng(devices))
             stand_ins = [leaf.detach().clone(memory_format=torch.contiguous_format) for leaf in mode.originals]
-        mode.follow(stand_ins)
+        mode.aliases.follow(stand_ins)
         stack.enter_context(mode)
         return model_fn(domain.tree(stand_ins), inputs)
 
@@ -181,7 +205,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def unused_prime(shapes: list[tuple[int, ...]]) -> int:
-    """A prime that divides no size among these shapes."""
+def unused_primes(shapes: list[tuple[int, ...]]) -> list[int]:
+    """Two primes that divide no size among these shapes."""
     sizes = {size for shape in shapes for size in shape}
-    return next(prime for prime in PRIMES if not any(size and size % prime == 0 for size in sizes))
+    return [prime for prime in PRIMES if not any(size and size % prime == 0 for size in sizes)][:2]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlib.capture.discover import tensors_in
+from curvlib.capture.aliases import tensors_in
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.errors import NonFiniteError, naming
@@ -20,7 +22,17 @@ from curvlib.layers.rows import summed
 from curvlib.layers.wide import Moment, as_side
 from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import full_precision, writes_in_place
-from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledIdentity, Sum
+from curvlib.operators import (
+    BlockDiagonal,
+    Dense,
+    DenseBlocks,
+    Diagonal,
+    Kronecker,
+    Matrix,
+    Operator,
+    ScaledIdentity,
+    Sum,
+)
 from curvlib.pytree import Domain
 
 
@@ -107,19 +119,32 @@ def assemble(statistics: Statistics, domain: Domain, make: Callable[[Block, Any]
 
 def kronecker_block(block: Block, sums: UseSums, statistics: Statistics, options: Options) -> Operator:
     """G (x) A for the curvature of the reduced objective, summed over the uses of the weight."""
-    uses = sums.uses
+    uses = routed_together(block, sums.uses)
     one_orientation = not any(placement.transposed for placement in block.placements)
     if options.tied == "merge" and one_orientation:
-        uses = (summed(uses),)
+        uses = {block.placements[0]: summed(list(uses.values()))}
     groups = len(block.layout.shape) - 2
     terms: list[Kronecker] = []
-    for placement, use in zip(block.placements, uses, strict=False):
+    for placement, use in uses.items():
         inputs = as_side(divide(use.inputs, use.rows.clamp(min=1)), groups)
         outputs = output_side(block, placement, use, statistics.divisor(options))
         terms.append(Kronecker(inputs, outputs) if placement.transposed else Kronecker(outputs, inputs))
     if len(terms) > 1 and options.tied == "merge":
         return merged(terms)
     return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+
+
+def routed_together(block: Block, uses: Sequence[FactorSums]) -> dict[Placement, FactorSums]:
+    """The sums of each use, where all rows that are routed to a weight by values belong together.
+
+    Which call they come with is a matter of how the model is written, and may differ from batch to batch.
+    """
+    together: dict[Placement, FactorSums] = {}
+    routed: dict[bool, Placement] = {}
+    for placement, use in zip(block.placements, uses, strict=True):
+        first = routed.setdefault(placement.transposed, placement) if placement.chosen else placement
+        together[first] = together[first] + use if first in together else use
+    return together
 
 
 def merged(terms: Sequence[Kronecker]) -> Kronecker:
@@ -139,6 +164,8 @@ def times(side: Matrix, factor: Tensor) -> Matrix:
     """A side, or its diagonal if that is all there is to it, times one number a group."""
     if isinstance(side, (Diagonal, ScaledIdentity)):
         return Diagonal(side.diagonals() * factor.unsqueeze(-1))
+    if isinstance(side, DenseBlocks):
+        return side.map_stacks(lambda stack: stack * factor[..., None, None, None])
     return Dense(side.matrices() * factor[..., None, None])
 
 
@@ -146,6 +173,8 @@ def added(sides: Sequence[Matrix]) -> Matrix:
     """The sum of sides of Kronecker products."""
     if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
         return Diagonal(summed([side.diagonals() for side in sides]))
+    if all(isinstance(side, DenseBlocks) for side in sides):
+        return functools.reduce(operator.add, sides)
     return Dense(summed([side.matrices() for side in sides]))
 
 

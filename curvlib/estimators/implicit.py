@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from curvlib.errors import ArgumentError
 from curvlib.linalg.conjugate_gradient import conjugate_gradient
-from curvlib.operators import BlockDiagonal, Damping, Dense, FactoredTikhonov, Layout, Operator, Region, Tikhonov
+from curvlib.operators import BlockDiagonal, Damping, Dense, FactoredTikhonov, Operator, Tikhonov
 from curvlib.operators.base import remembered
 from curvlib.operators.damping import as_damping, shift
+from curvlib.operators.lazy import MAX_DENSE, Lazy
+from curvlib.operators.whole import whole
 from curvlib.pytree import Domain, Tree, flatten, ravel, register, scale, static, tree_map, unflatten, unravel
 
-MAX_DENSE = 2048  # the most rows for which the dense matrix is made to get at entries and eigenvalues
 ELEMENTS_AT_ONCE = 1 << 26  # of stacked vectors that are multiplied together
 
 
@@ -37,10 +38,10 @@ def unravel_rows(rows: Tensor, domain: Domain) -> Tree:
     return domain.tree([part.reshape(-1, *shape) for part, shape in zip(parts, domain.shapes, strict=True)])
 
 
-class Implicit(Operator):
+class Implicit(Lazy):
     """An operator on pytrees that is known by its products.
 
-    Subclasses implement `apply`, `scaled` and the two properties below.
+    Subclasses implement `apply`, `scaled`, `domain` and `like`.
     """
 
     @abstractmethod
@@ -49,25 +50,8 @@ class Implicit(Operator):
 
     @property
     @abstractmethod
-    def domain(self) -> Domain:
-        """Structure, names and shapes of the parameters."""
-
-    @property
-    @abstractmethod
     def like(self) -> Tensor:
         """Some tensor that has the dtype and the device of a vector."""
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return self.domain.shapes
-
-    @property
-    def blocks(self) -> Mapping[str, Operator]:
-        return {"params": self}
-
-    @property
-    def parameters(self) -> Mapping[str, tuple[str, ...]]:
-        return dict.fromkeys(self.domain.names, ("params",))
 
     # --- sums, damping and inverses ------------------------------------------------------------------------------
 
@@ -88,7 +72,7 @@ class Implicit(Operator):
             return self
         if exponent == -1:
             return ImplicitInverse(self)
-        return self.dense("powers", "curv.inverse(damping)").raised(exponent, damped=damped)
+        return self.dense().raised(exponent, damped=damped)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         # unlike factors, data may hold integers, which keep their dtype
@@ -108,45 +92,28 @@ class Implicit(Operator):
         return torch.cat(parts)
 
     @remembered
-    def matrix(self) -> BlockDiagonal:
-        """The same operator as one dense block."""
-        wholes = [Region.whole(i, shape) for i, shape in enumerate(self.shapes)]
-        layout = Layout(tuple(region.reshape(region.numel) for region in wholes))
-        dense = self.to_dense()
-        return BlockDiagonal({"params": Dense((dense + dense.mT) / 2)}, (("params", layout),), self.domain)
-
-    def dense(self, what: str, instead: str) -> BlockDiagonal:
-        """The same operator as one dense block, where it is small enough.
-
-        Raises:
-            ArgumentError: it has more than `MAX_DENSE` rows; says what to do instead.
-        """
+    def dense(self) -> BlockDiagonal:
         if self.size > MAX_DENSE:
             raise ArgumentError(
-                f"an operator known by its products alone gives its {what} by way of the dense matrix, up to "
-                f"{MAX_DENSE} parameters; this one has {self.size}: use {instead}"
+                "an operator known by its products alone gives entries, eigenvalues and samples by way of the dense "
+                f"matrix, up to {MAX_DENSE} parameters; this one has {self.size}: use cv.spectrum.trace, "
+                "cv.spectrum.diagonal or cv.diagonal, cv.spectrum.top_eigenvalues or cv.spectrum.density; "
+                "curv.inverse(damping), which solves; or an approximation that has them (cv.low_rank, cv.kfac)"
             )
-        matrix: BlockDiagonal = self.matrix()
-        return matrix
+        dense = self.to_dense()
+        return whole(Dense((dense + dense.mT) / 2), self.domain)
 
     def diag(self) -> Tree:
-        return self.dense("diagonal", "cv.spectrum.diagonal(operator), or cv.diagonal").diag()
+        return self.dense().diag()
 
     def trace(self) -> Tensor:
-        return self.dense("trace", "cv.spectrum.trace(operator)").trace()
+        return self.dense().trace()
 
     def frobenius_norm(self) -> Tensor:
-        instead = "the root of the mean of |operator @ z|^2 over vectors z of random signs"
-        return self.dense("Frobenius norm", instead).frobenius_norm()
-
-    def spectrum(self) -> Tensor:
-        return self.dense("eigenvalues", "cv.spectrum.top_eigenvalues or cv.spectrum.density").spectrum()
-
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Operator:
-        return self.dense("eigenvalues", "curv.inverse(damping), or an approximation (cv.kfac)").map_eigenvalues(fn)
+        return self.dense().frobenius_norm()
 
     def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
-        return self.dense("samples", "an approximation that has factors (cv.kfac)").sample(generator, n)
+        return self.dense().sample(generator, n)
 
 
 @register

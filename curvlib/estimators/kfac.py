@@ -68,8 +68,8 @@ def kfac(
             a ``dense`` block a layer.
         tied: a weight that several calls use gets the exact ``sum`` of their Kronecker products, or one product that
             ``merge``s them: as if they were positions, or by partial traces where one call uses the transpose.
-        wide: what is kept of the factors of sides that are too wide for a dense one (`WideDiagonal`, `WideLowRank`,
-            `WideIdentity`); by default the diagonal, beyond 8192.
+        wide: what is kept of the factors of sides that are too wide for a dense one (`WideDiagonal`, `WideBlocks`,
+            `WideLowRank`, `WideIdentity`); by default the diagonal, beyond 8192.
         engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else autograd.
         plan: the model's `plan`, if already made for inputs of these shapes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from curvlib.capture import Plan, execute
 from curvlib.capture import plan as make_plan
+from curvlib.capture.aliases import parameters
 from curvlib.capture.engines import ModelFn, Pullback, examples_in
-from curvlib.capture.plan import Block, Placement
-from curvlib.errors import CaptureError
+from curvlib.capture.plan import Block, Placement, Site
+from curvlib.errors import CaptureError, naming
 from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.options import Options
-from curvlib.layers.base import Layer
+from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import full_precision
 from curvlib.pytree import Tree, flatten
@@ -124,8 +126,9 @@ def measure(
     expected = torch.empty(plan.output_shape(examples), device="meta")
     loss.check(expected, targets)
     mask = loss.mask(expected, targets)
-    if mask is not None and may_look_at(mask) and mask.all():
+    if mask is not None and (plan.routes or may_look_at(mask)) and mask.all():  # choosing rows waits for a device too
         mask = None
+    check_routing(plan, options, mask)
     kronecker, elementwise = collectors(Pass(plan, options, examples, mask))
     chosen = {
         (p.site, p.layer): (p, kronecker if block.kronecker else elementwise)
@@ -133,7 +136,10 @@ def measure(
         for p in block.placements
     }
 
+    missing = {number for number, site in enumerate(plan.sites) if site.chosen is not None}
+
     def record(number: int, operand: Tensor | None, z: Tensor) -> list[Any]:
+        missing.discard(number)
         kept: list[Any] = []
         for index, layer in enumerate(plan.sites[number].layers):
             placement, collector = chosen[number, index]
@@ -144,15 +150,61 @@ def measure(
         for index, layer in enumerate(plan.sites[number].layers):
             placement, collector = chosen[number, index]
             if collector is not None:
-                collector.consume(placement, layer, kept[index], full_precision(g))
+                with blamed(plan, number):
+                    collector.consume(placement, layer, kept[index], full_precision(g))
 
     run = execute(plan, model_fn, params, inputs, record, options.engine)
+    for number in sorted(missing):
+        run.kept[number] = record(number, *no_rows(plan.sites[number], run.outputs.device))
     if options.fisher != "forward-only":
         run.pull(vectors(run, targets, options, generator), consume)
     count = loss.positions if options.fisher == "forward-only" else loss.normalizer
     found = [(block, kronecker if block.kronecker else elementwise) for block in plan.blocks]
     sums = tuple(None if collector is None else collector.sums(block, run) for block, collector in found)
     return Statistics(plan.blocks, sums, count(run.outputs, targets), examples)
+
+
+def check_routing(plan: Plan, options: Options, mask: Tensor | None) -> None:
+    """Refuses what needs to know which example the rows belong to that a model chooses by values."""
+    for site in plan.sites:
+        leaves = dict.fromkeys(region.leaf for layer in site.layers for region in layer.regions)
+        names = parameters(plan.domain, leaves)
+        if site.chosen is None:
+            continue
+        if mask is not None:
+            raise CaptureError(
+                f"{names}: rows of call {site.ordinal}, {site.call}, are chosen by values, and which of them belong to "
+                "targets that are ignored is not known: leave out those examples, or close over the parameter"
+            )
+        if options.sharing == "reduce" and site.chosen.loose:
+            raise CaptureError(
+                f"{names}: rows of call {site.ordinal}, {site.call}, are chosen by values, and which of them belong to "
+                "one example is not known, as sharing='reduce' needs: use sharing='expand'"
+            )
+        if options.fisher == "forward-only" and not all(isinstance(x, KroneckerLayer) for x in site.layers):
+            raise CaptureError(
+                f"{names} in call {site.ordinal}, {site.call}: fisher='forward-only' is not defined for a scale or "
+                "shift of rows that are chosen by values: use another fisher"
+            )
+
+
+def blamed(plan: Plan, number: int) -> contextlib.AbstractContextManager[None]:
+    """Errors on rows that are chosen by values name the parameter they are for."""
+    site = plan.sites[number]
+    if site.chosen is None:
+        return contextlib.nullcontext()
+    return naming(plan.domain.names[site.layers[0].regions[0].leaf])
+
+
+def no_rows(site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Operand and output of a call on chosen rows where none is chosen."""
+    assert site.chosen is not None
+    shapes = (tuple(0 if counts else k for k, counts in shape) for shape in (site.chosen.operand, site.shape))
+    operand, output = (
+        torch.empty(shape, dtype=dtype, device=device)
+        for shape, dtype in zip(shapes, (site.chosen.dtype, site.dtype), strict=True)
+    )
+    return operand, output
 
 
 def vectors(run: Pullback, targets: Any, options: Options, generator: torch.Generator | None) -> Iterator[Tensor]:

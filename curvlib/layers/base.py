@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,18 +20,32 @@ from curvlib.operators.layout import Layout, Region
 Arguments = Mapping[str, Any]
 
 
+class Entries(enum.Enum):
+    """What the entries of an axis are that counts rows.
+
+    EXAMPLES: examples, each with as many entries as any other. CHOSEN: examples chosen by values, each at most once.
+    LOOSE: rows chosen by values, of which an unknown number belong to one example.
+    """
+
+    EXAMPLES = "examples"
+    CHOSEN = "chosen"
+    LOOSE = "loose"
+
+
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """The roles of a tensor's axes: which one counts examples, and which are groups, positions, features.
 
     ``batch`` is None for a tensor without examples (a table of positions): its rows are the same for each one.
-    A batch axis of N*k entries is example-major: k joins the positions.
+    A batch axis of N*k entries is example-major: k joins the positions. If its ``entries`` are chosen by values, each
+    is an example of its own, whatever the number of examples.
     """
 
     batch: int | None
     groups: tuple[int, ...]
     positions: tuple[int, ...]
     features: tuple[int, ...]
+    entries: Entries = Entries.EXAMPLES
 
     def rows(self, tensor: Tensor, examples: int, leading: int = 0) -> Tensor:
         """[*lead, *axes] -> [*lead, N, (groups,) positions, features]."""
@@ -38,6 +53,10 @@ class Axes:
         if self.batch is None:
             tensor = tensor.unsqueeze(leading).expand(*front, examples, *tensor.shape[leading:])
             batch, shift = 0, 1
+        elif self.entries is not Entries.EXAMPLES:
+            examples = tensor.shape[leading + self.batch]
+            tensor = tensor.unsqueeze(leading + self.batch + 1)
+            batch, shift = self.batch, self.batch
         else:
             tensor = tensor.unflatten(leading + self.batch, (examples, -1))
             batch, shift = self.batch, self.batch
@@ -135,6 +154,8 @@ def positions_that_count(mask: Tensor | None, examples: int, positions: int) -> 
 
 def second_moment(rows: Tensor, weights: Tensor | None, wide: Wide, *, augmented: bool) -> Tensor | Moment:
     """Sum of a a^T over rows [*groups, n, d], a = [row; 1] if augmented, with weights 0 or 1."""
+    if rows.shape[-2] == 0:
+        return wide.zero(tuple(rows.shape[:-2]), rows.shape[-1] + augmented, full_precision(rows))
     if rows.shape[-1] + augmented <= wide.above:
         return augmented_gram(rows, weights=weights) if augmented else gram(rows, weights=weights)
     rows = full_precision(rows)

@@ -13,8 +13,9 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from curvlib.errors import CaptureError
-from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, output_moment
+from curvlib.layers.base import Axes, Entries, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.elementwise import Elementwise
+from curvlib.layers.loose_rows import LooseRows
 from curvlib.layers.rows import DenseRows, Rows
 from curvlib.layers.wide import Moment, Wide
 from curvlib.operators.layout import Region
@@ -44,7 +45,8 @@ class Contraction(KroneckerLayer):
         return input_moment(rows, sharing, mask, wide, augmented=self.bias is not None)
 
     def rows(self, x: Tensor, examples: int) -> Rows:
-        return DenseRows.of(self.input_rows(x, examples), augmented=self.bias is not None)
+        rows = DenseRows.of(self.input_rows(x, examples), augmented=self.bias is not None)
+        return LooseRows(rows) if self.input_axes.entries is Entries.LOOSE else rows
 
     def keep(self, x: Tensor, examples: int) -> Tensor | None:
         return None

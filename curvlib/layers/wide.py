@@ -15,8 +15,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from curvlib.errors import ArgumentError
+from curvlib.linalg.gram import gram
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
-from curvlib.operators import Dense, Diagonal, LowRank, Matrix, ScaledIdentity
+from curvlib.operators import Dense, DenseBlocks, Diagonal, LowRank, Matrix, ScaledIdentity
+from curvlib.operators.block_side import block_runs, cut_columns
 from curvlib.pytree import register, static
 
 
@@ -60,6 +63,25 @@ class LowRankMoment(Moment):
 
     def side(self) -> LowRank:
         return LowRank(self.vectors, self.values, self.remainder)
+
+
+@register
+class BlockMoment(Moment):
+    """The diagonal blocks of a sum of outer products: stacks [*, b, w, w] of blocks of equal width."""
+
+    stacks: tuple[Tensor, ...]
+
+    def __add__(self, other: BlockMoment) -> BlockMoment:
+        return BlockMoment(tuple(a + b for a, b in zip(self.stacks, other.stacks, strict=True)))
+
+    def __truediv__(self, count: Tensor) -> BlockMoment:
+        return BlockMoment(tuple(stack / count for stack in self.stacks))
+
+    def to(self, dtype: torch.dtype) -> BlockMoment:
+        return BlockMoment(tuple(stack.to(dtype) for stack in self.stacks))
+
+    def side(self) -> DenseBlocks:
+        return DenseBlocks(self.stacks)
 
 
 @register
@@ -161,6 +183,41 @@ class WideLowRank(Wide):
     def moment(self, rows: Tensor) -> LowRankMoment:
         vectors, values, remainder = low_rank_gram(rows, self.rank)
         return LowRankMoment(vectors, values * rows.shape[-2], remainder * rows.shape[-2])
+
+
+@dataclasses.dataclass(frozen=True)
+class WideBlocks(Wide):
+    """The diagonal blocks of the factor, of neighbouring rows: memory O(d size).
+
+    Everything within a block is exact: over several batches the blocks are those of all rows. Entries outside of them
+    are left out, as those outside of the diagonal are by `WideDiagonal`, which is ``size=1``.
+
+    Args:
+        size: the width of a block. The last one is narrower if the side's width is no multiple of it.
+        above: the width beyond which a side counts as wide.
+
+    Raises:
+        ArgumentError: the size is not positive.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> params = {"w": torch.zeros(3, 40)}
+        >>> batch = (torch.randn(9, 3), torch.randint(40, (9,)))
+        >>> curv = cv.kfac(lambda p, x: x @ p["w"], params, batch, wide=WideBlocks(16, above=32))
+        >>> [tuple(stack.shape) for stack in curv.blocks["w"].left.stacks]
+        [(2, 16, 16), (1, 8, 8)]
+    """
+
+    size: int
+    above: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ArgumentError(f"the width of a block must be at least 1, got size={self.size}")
+
+    def moment(self, rows: Tensor) -> BlockMoment:
+        parts = cut_columns(rows, block_runs(rows.shape[-1], self.size))
+        return BlockMoment(tuple(gram(part) for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)

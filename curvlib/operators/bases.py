@@ -9,11 +9,15 @@ norms are those of the coordinates, and Q diag(l) Q^T is analysis, one factor a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from curvlib.pytree import register, static
+
+if TYPE_CHECKING:
+    from curvlib.operators.matrices import Matrix
 
 
 class Basis(ABC):
@@ -60,6 +64,10 @@ class Basis(ABC):
         """C (Q o Q)^T for C [*, n, r]."""
 
     @abstractmethod
+    def forms(self, matrix: Matrix) -> Tensor:
+        """q^T M q [*, r] for every basis vector; for the rest, the trace of M on it."""
+
+    @abstractmethod
     def rows(self, index: Tensor, like: Tensor) -> Tensor:
         """The basis vectors of these numbers as rows [*, k, d]."""
 
@@ -102,6 +110,9 @@ class OrthogonalBasis(Basis):
     def square_right(self, c: Tensor) -> Tensor:
         return c @ self.vectors.square().mT
 
+    def forms(self, matrix: Matrix) -> Tensor:
+        return (self.vectors * matrix.left(self.vectors)).sum(-2)
+
     def rows(self, index: Tensor, like: Tensor) -> Tensor:
         return torch.take_along_dim(self.vectors.mT, index.unsqueeze(-1), -2)
 
@@ -143,6 +154,9 @@ class CanonicalBasis(Basis):
 
     def square_right(self, c: Tensor) -> Tensor:
         return c
+
+    def forms(self, matrix: Matrix) -> Tensor:
+        return matrix.diagonals()
 
     def rows(self, index: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(index, self.size).to(like.dtype)
@@ -205,6 +219,10 @@ class LowRankBasis(Basis):
 
     def square_right(self, c: Tensor) -> Tensor:
         return c @ self.squares().mT
+
+    def forms(self, matrix: Matrix) -> Tensor:
+        inside = (self.vectors * matrix.left(self.vectors)).sum(-2)
+        return torch.cat([inside, (matrix.traces() - inside.sum(-1)).unsqueeze(-1)], -1)
 
     def rows(self, index: Tensor, like: Tensor) -> Tensor:
         return torch.take_along_dim(self.vectors.mT, index.unsqueeze(-1), -2)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, NotKroneckerError, PytreeError, naming
 from curvlib.operators.base import Operator
+from curvlib.operators.block_side import DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
+from curvlib.operators.kronecker_side import KroneckerSide
 from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.scaled_power import ScaledPower, as_matrix
 from curvlib.operators.sums import Sum
 
 Weights = tuple[float | Tensor, float | Tensor]
@@ -78,10 +82,30 @@ def merge(a: Operator, b: Operator, weights: Weights) -> Operator:
             assert isinstance(left, Matrix)
             assert isinstance(right, Matrix)
             return Kronecker(left, right)
+        case KroneckerSide(), KroneckerSide() if a.widths == b.widths:
+            pairs = zip(a.factors, b.factors, strict=True)
+            return KroneckerSide(tuple(as_matrix(merge(x, y, weights)) for x, y in pairs))
+        case KroneckerSide(), KroneckerSide():
+            raise PytreeError(f"cannot merge Kronecker products of different widths, {a.widths} and {b.widths}")
+        case ScaledPower(), ScaledPower() if a.exponent == b.exponent and a.exponent:
+            # the factors are those matrices that are raised to the power, each with its scale
+            base = as_matrix(merge(a.absorbed(), b.absorbed(), weights))
+            return ScaledPower(base, torch.ones_like(a.scale), a.exponent)
+        case ScaledPower(), ScaledPower():
+            raise PytreeError(
+                f"cannot merge powers {a.exponent} and {b.exponent} of matrices; take powers of the merged ones"
+            )
         case Dense(), Dense():
             return Dense(wa * a.matrix + wb * b.matrix)
         case Diagonal(), Diagonal():
             return Diagonal(wa * a.values + wb * b.values)
+        case DenseBlocks(), DenseBlocks() if a.runs == b.runs:
+            return a.map_stacks(lambda x, y: wa * x + wb * y, b.stacks)
+        case DenseBlocks(), DenseBlocks():
+            raise PytreeError(
+                f"cannot merge blocks of different widths: (number, width) is {a.runs} and {b.runs}; "
+                "estimate both with the same size"
+            )
         case ScaledIdentity(), ScaledIdentity():
             return ScaledIdentity(wa * a.scale + wb * b.scale, a.vector)
         case Sum(), Sum() if len(a.terms) == len(b.terms):

@@ -317,7 +317,7 @@ class Eigen(Matrix):
         return self.basis.total(self.values.square())
 
     def inner(self, other: Matrix) -> Tensor:
-        return (self.matrices() * other.matrices()).sum((-2, -1))
+        return (self.values * self.basis.forms(other)).sum(-1)
 
     def eigen(self) -> Eigen:
         return self

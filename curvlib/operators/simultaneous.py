@@ -8,7 +8,7 @@ right, W^T G_k W = diag(g_k) and Z^T A_k Z = diag(a_k), so that (Van Loan & Golu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,14 @@ from curvlib.linalg.eigh import eigh
 from curvlib.linalg.gram import full_precision
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import CanonicalBasis, OrthogonalBasis
+from curvlib.operators.block_side import BlockBasis, Runs, block_runs_of, diagonal_blocks
 from curvlib.operators.damping import Damping
 from curvlib.operators.kronecker import EigenKronecker, Kronecker, check_shape
 from curvlib.operators.lazy import Lazy, dense_operator
-from curvlib.operators.matrices import Diagonal, Matrix, ScaledIdentity, normal
+from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity, normal
 from curvlib.pytree import Domain, register
 
-Columns = CanonicalBasis | OrthogonalBasis  # of any invertible matrix: orthonormal or not
+Columns = CanonicalBasis | OrthogonalBasis | BlockBasis  # of any invertible matrix: orthonormal or not
 
 
 @register
@@ -82,9 +83,8 @@ class SimultaneousKronecker(Lazy):
 
     def frobenius_norm(self) -> Tensor:
         # ||W D W^T||^2 = <D, (P o P) D> for the Gram matrix P = W^T W
-        left, right = (gram_squared(basis) for basis in (self.left, self.right))
-        squares = self.values if left is None else left @ self.values
-        squares = squares if right is None else squares @ right
+        left, right = (mapped(basis, lambda w: (w.mT @ w).square()) for basis in (self.left, self.right))
+        squares = right.synthesise_right(left.synthesise_left(self.values))
         return (self.values * squares).sum().clamp(min=0).sqrt()
 
     @remembered
@@ -122,34 +122,29 @@ class SimultaneousKronecker(Lazy):
 # --- bases that need not be orthonormal -----------------------------------------------------------------------------
 
 
-def columns(basis: Columns) -> Tensor | None:
-    """W [*, d, d], or None for the identity."""
-    return basis.vectors if isinstance(basis, OrthogonalBasis) else None
-
-
-def gram_squared(basis: Columns) -> Tensor | None:
-    """(W^T W) o (W^T W), or None for the identity."""
-    vectors = columns(basis)
-    return None if vectors is None else (vectors.mT @ vectors).square()
+def mapped(basis: Columns, fn: Callable[[Tensor], Tensor]) -> Columns:
+    """The columns of fn(W), for a function that keeps the identity, and blocks on the diagonal, where they are."""
+    match basis:
+        case OrthogonalBasis(vectors=vectors):
+            return OrthogonalBasis(fn(vectors))
+        case BlockBasis(vectors=stacks):
+            return BlockBasis(tuple(fn(stack) for stack in stacks))
+    return basis
 
 
 def log_volume(basis: Columns, like: Tensor) -> Tensor:
     """Log |det W|, [*]."""
-    vectors = columns(basis)
-    return like.new_zeros(()) if vectors is None else torch.linalg.slogdet(vectors).logabsdet
+    match basis:
+        case OrthogonalBasis(vectors=vectors):
+            return torch.linalg.slogdet(vectors).logabsdet
+        case BlockBasis(vectors=stacks):
+            return torch.stack([torch.linalg.slogdet(stack).logabsdet.sum(-1) for stack in stacks]).sum(0)
+    return like.new_zeros(())
 
 
 def dual(basis: Columns) -> Columns:
     """The columns of W^-T."""
-    vectors = columns(basis)
-    return basis if vectors is None else OrthogonalBasis(torch.linalg.inv(vectors).mT)
-
-
-def diagonal_in(side: Matrix, basis: Columns) -> Tensor:
-    """Diag W^T M W, [*, d]."""
-    diagonals = side.diagonals()
-    vectors = columns(basis)
-    return diagonals if vectors is None else (vectors * side.left(vectors)).sum(-2)
+    return mapped(basis, lambda w: torch.linalg.inv(w).mT)
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------
@@ -167,18 +162,24 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
 
     The mean of the sides, each divided by its trace, is the metric; damping, in units of its mean eigenvalue, is added
     to it. W diagonalises it together with the principal component of the sides' differences from it. Sides that are
-    diagonal anyway, or one matrix among multiples of the identity, have an orthonormal basis.
+    diagonal anyway, or one matrix among multiples of the identity, have an orthonormal basis. Sides of the same blocks
+    have a frame a block, in which every block counts as a side of its own.
 
     Returns:
-        The frame, or None where the metric is not positive definite (looked at in eager mode only).
+        The frame, or None where the metric is not positive definite (looked at in eager mode only), or where sides of
+        blocks have nothing but a dense matrix in common.
     """
-    if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
+    if all(map(is_diagonal, sides)):
         return Frame(CanonicalBasis(sides[0].shape[-1]), True)
     varying = {id(side): side for side in sides if not isinstance(side, ScaledIdentity)}
     if len(varying) == 1:
         basis = next(iter(varying.values())).eigen().basis
-        if isinstance(basis, (CanonicalBasis, OrthogonalBasis)):
+        if isinstance(basis, Columns):
             return Frame(basis, True)
+    runs = {found for found in map(block_runs_of, sides) if found is not None}
+    if runs and not any(map(is_dense, sides)):
+        shared = len(runs) == 1 and all(is_diagonal(side) or block_runs_of(side) for side in sides)
+        return block_frame(sides, next(iter(runs)), damping) if shared else None
     matrices = full_precision(torch.stack(torch.broadcast_tensors(*(side.matrices() for side in sides))))
     traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     unit = matrices / torch.where(traces == 0, 1, traces)
@@ -194,6 +195,28 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
     if is_eager() and not bool((inverse_trace * torch.finfo(vectors.dtype).eps * size < 1).all()):
         return None
     return Frame(OrthogonalBasis(vectors), False)
+
+
+def is_dense(side: Matrix) -> bool:
+    """Whether a side is kept as a dense matrix."""
+    return isinstance(side, Dense) or (isinstance(side, Eigen) and isinstance(side.basis, OrthogonalBasis))
+
+
+def is_diagonal(side: Matrix) -> bool:
+    """Whether a side is kept as a diagonal."""
+    canonical = isinstance(side, Eigen) and isinstance(side.basis, CanonicalBasis)
+    return canonical or isinstance(side, (Diagonal, ScaledIdentity))
+
+
+def block_frame(sides: Sequence[Matrix], runs: Runs, damping: float | Tensor) -> Frame | None:
+    """A frame for every block of sides that are zero outside of the blocks."""
+    stacks = []
+    for blocks in zip(*(diagonal_blocks(side, runs) for side in sides), strict=True):
+        found = frame([Dense(block) for block in blocks], damping)
+        if found is None or not isinstance(found.basis, OrthogonalBasis):
+            return None
+        stacks.append(found.basis.vectors)
+    return Frame(BlockBasis(tuple(stacks)), False)
 
 
 def principal(differences: Tensor) -> Tensor:
@@ -219,10 +242,7 @@ def frames(products: Sequence[Kronecker], damping: float | Tensor = 0.0) -> tupl
 
 def values_in(products: Sequence[Kronecker], left: Columns, right: Columns) -> Tensor:
     """The diagonal of (W (x) Z)^T (sum_k G_k (x) A_k) (W (x) Z), [*, m, n]."""
-    outer = [
-        diagonal_in(product.left, left).unsqueeze(-1) * diagonal_in(product.right, right).unsqueeze(-2)
-        for product in products
-    ]
+    outer = [left.forms(product.left).unsqueeze(-1) * right.forms(product.right).unsqueeze(-2) for product in products]
     return torch.stack(torch.broadcast_tensors(*outer)).sum(0)
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from curvlib.linalg.low_rank import low_rank_sum
 from curvlib.operators.base import Operator, powers
+from curvlib.operators.block_side import DenseBlocks, block_runs_of, diagonal_blocks
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.damping import Tikhonov
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.low_rank import LowRank
-from curvlib.operators.matrices import Dense, Diagonal, Matrix, ScaledIdentity
-from curvlib.operators.simultaneous import Columns, SimultaneousKronecker, columns, frames, inverse_of_two, values_in
+from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.simultaneous import Columns, SimultaneousKronecker, frames, inverse_of_two, mapped, values_in
 
 Terms = tuple[Operator, ...]
 Form = tuple[Columns, Columns, Tensor]  # bases, and a value for each pair of their vectors
@@ -78,8 +79,14 @@ def absorb(product: Kronecker, shift: Tensor) -> Kronecker | None:
 
 def moved(side: Matrix, factor: Tensor, shift: Tensor) -> Matrix:
     """Factor * side + shift I, without an eigendecomposition."""
-    if isinstance(side, Diagonal):
-        return Diagonal(factor * side.values + shift)
+    match side:
+        case Diagonal(values=values):
+            return Diagonal(factor * values + shift)
+        case Eigen(basis=basis, values=values):
+            return Eigen(basis, factor * values + shift)
+        case DenseBlocks():
+            shifts = diagonal_blocks(ScaledIdentity(shift, side.shape), side.runs)
+            return side.map_stacks(lambda stack, added: factor * stack + added, shifts)
     matrices = side.matrices()
     unit = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return Dense(factor * matrices + shift * unit)
@@ -148,7 +155,11 @@ def merged(products: Sequence[Kronecker], shift: Tensor | None) -> Operator:
 
 
 def merged_side(sides: Sequence[Matrix]) -> Matrix:
-    """The sum of sides; an approximation of it if one is low-rank, never a dense matrix then."""
+    """The sum of sides; an approximation of it if one is low-rank or of blocks, never a dense matrix then."""
+    runs = next((found for found in map(block_runs_of, sides) if found is not None), None)
+    if runs is not None:
+        stacks = zip(*(diagonal_blocks(side, runs) for side in sides), strict=True)
+        return DenseBlocks(tuple(torch.stack(torch.broadcast_tensors(*blocks)).sum(0) for blocks in stacks))
     low_rank = [side for side in sides if isinstance(side, LowRank)]
     if not low_rank:
         return Dense(torch.stack(torch.broadcast_tensors(*(side.matrices() for side in sides))).sum(0))
@@ -160,6 +171,5 @@ def merged_side(sides: Sequence[Matrix]) -> Matrix:
 
 def projected(diagonal: Tensor, left: Columns, right: Columns) -> Tensor:
     """The diagonal of (W (x) Z)^T diag(D) (W (x) Z), [*, m, n]: (W o W)^T D (Z o Z)."""
-    w, z = columns(left), columns(right)
-    result = diagonal if w is None else w.square().mT @ diagonal
-    return result if z is None else result @ z.square()
+    squared = [mapped(basis, lambda w: w.square().mT) for basis in (left, right)]
+    return squared[1].synthesise_right(squared[0].synthesise_left(diagonal))

@@ -11,6 +11,7 @@ from curvlib.errors import ArgumentError
 from curvlib.linalg.eager import is_eager
 from curvlib.operators.base import Operator
 from curvlib.operators.bases import Basis, LowRankBasis, OrthogonalBasis
+from curvlib.operators.block_side import BlockBasis
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.low_rank import LowRank
@@ -95,13 +96,19 @@ def coarsened(basis: Basis, values: Tensor, shares: Tensor, rule: Rule) -> tuple
         shares: [*, r], of the trace.
         rule: how many vectors to keep.
     """
-    if not isinstance(basis, (OrthogonalBasis, LowRankBasis)):
-        return basis, values  # unit vectors take no memory
-    named = basis.vectors.shape[-1]
-    shares = shares.sum_to_size(*basis.vectors.shape[:-2], shares.shape[-1])  # groups that share a basis
+    match basis:
+        case OrthogonalBasis() | LowRankBasis():
+            *front, width, named = basis.vectors.shape
+            most = min(named, width)
+        case BlockBasis():
+            front, named = list(basis.vectors[0].shape[:-3]), basis.width
+            most = max(width for _, width in basis.runs)  # as many vectors of full length take the memory of all blocks
+        case _:
+            return basis, values  # unit vectors take no memory
+    shares = shares.sum_to_size(*front, shares.shape[-1])  # groups that share a basis
     largest, order = shares[..., :named].sort(-1, descending=True)
     kept = rule.kept(largest, basis.total(shares))
-    if kept >= min(named, basis.width):
+    if kept >= most:
         return basis, values
     order = order[..., :kept]
     where = order.unsqueeze(-2).expand(*values.shape[:-1], kept)

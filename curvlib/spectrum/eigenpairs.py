@@ -1,4 +1,4 @@
-"""The leading eigenvalues of an operator, with eigenvectors and residuals."""
+"""The leading eigenvalues of an operator, with eigenvectors and residuals, and the operator that these make up."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from curvlib.errors import ArgumentError, naming
 from curvlib.linalg.lanczos import block_lanczos, normal
-from curvlib.operators import Operator
-from curvlib.pytree import Tree, register
+from curvlib.operators import BlockDiagonal, Eigen, LowRank, Operator, OrthogonalBasis
+from curvlib.operators.whole import whole
+from curvlib.pytree import Domain, Tree, register, tree_map
 from curvlib.spectrum.flat import at_least, chosen, flattened
 
 Which = Literal["largest", "smallest", "magnitude"]
@@ -35,6 +36,32 @@ class Eigenpairs:
     values: Tensor
     residuals: Tensor
     vectors: Tree | None = None
+
+    def operator(self, trace: float | Tensor | None = None) -> BlockDiagonal:
+        """The operator sum_i l_i x_i x_i^T that these pairs make up; see `low_rank`, which finds the pairs too.
+
+        Args:
+            trace: tr A, if it is known: the mean of all other eigenvalues then stands for the rest.
+
+        Raises:
+            ArgumentError: the pairs are without vectors.
+
+        Example:
+            >>> from curvlib.operators import Diagonal
+            >>> pairs = top_eigenvalues(Diagonal(torch.arange(50.0)), 2, vectors=True)
+            >>> pairs.operator().trace().round(decimals=3), pairs.operator(trace=1225.0).trace().round(decimals=3)
+            (tensor(97.), tensor(1225.))
+        """
+        if self.vectors is None:
+            raise ArgumentError("an operator is made of eigenvectors; call top_eigenvalues with vectors=True")
+        domain = Domain.of(tree_map(lambda x: x[0], self.vectors))
+        leaves = domain.leaves(self.vectors, 1)
+        columns = torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1).mT
+        size, rank = columns.shape
+        if rank == size:
+            return whole(Eigen(OrthogonalBasis(columns), self.values), domain)
+        remainder = torch.zeros_like(self.values[0]) if trace is None else (trace - self.values.sum()) / (size - rank)
+        return whole(LowRank(columns, self.values, remainder), domain)
 
 
 @overload
@@ -154,3 +181,64 @@ def top_eigenvalues(
         with naming(name):
             found[name] = leading(block, min(k, block.size), None)
     return found
+
+
+def low_rank(
+    operator: Operator,
+    rank: int,
+    *,
+    trace: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    tolerance: float | None = None,
+    max_iterations: int = 200,
+    like: Tree | None = None,
+    progress: bool = False,
+) -> BlockDiagonal:
+    """The best approximation of rank k, U diag(l) U^T with the k eigenvalues of largest magnitude, as an operator.
+
+    Of all matrices of rank k it is the closest, in the spectral and the Frobenius norm (Eckart & Young 1936). Every
+    operation has a closed form and takes O(D k) memory: inverses are Woodbury's, and so on. `top_eigenvalues` finds the
+    pairs; for their residuals call it with ``vectors=True, which="magnitude"``, and then `Eigenpairs.operator`.
+
+    Args:
+        operator: any operator; only its products are used.
+        rank: k, from 1 to D.
+        trace: tr A, exact or an estimate (``cv.spectrum.trace(operator).value``): then tau (I - U U^T) is added, with
+            tau the mean of all other eigenvalues, and the approximation has this trace.
+        generator: of the first block; by default a fresh one with seed 0.
+        tolerance: of the eigenpairs, see `top_eigenvalues`; eigenvectors are wrong by about tolerance |l_1| / gap.
+        max_iterations: products with blocks of k after which to give up.
+        like: a pytree of params, for an operator that does not know its own.
+        progress: show a progress bar if standard error is a terminal.
+
+    Returns:
+        An operator on the same pytrees: one `LowRank` block (all eigenpairs, for k = D). Without a trace it is
+        singular: damp it.
+
+    Raises:
+        ConvergenceError: the tolerance was not reached.
+        NonFiniteError: a product is not finite.
+        ArgumentError: the rank is not in 1 ... D.
+
+    Example:
+        >>> import curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2).double())
+        >>> x = torch.randn(4, 3, dtype=torch.float64)
+        >>> curv = cv.gramian(model_fn, params, (x, None))  # 8 parameters, rank 8
+        >>> approximation = low_rank(curv, 4)
+        >>> error = (curv.to_dense() - approximation.to_dense()).norm()
+        >>> torch.allclose(error, curv.eigenvalues()[:4].norm()), approximation.inverse(0.1).trace().shape
+        (True, torch.Size([]))
+    """
+    pairs = top_eigenvalues(
+        operator,
+        rank,
+        which="magnitude",
+        vectors=True,
+        generator=generator,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        like=like,
+        progress=progress,
+    )
+    return pairs.operator(trace)

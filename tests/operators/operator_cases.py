@@ -14,10 +14,12 @@ from torch import Tensor
 
 from curvlib.operators import (
     Basis,
+    BlockBasis,
     BlockDiagonal,
     CanonicalBasis,
     Damping,
     Dense,
+    DenseBlocks,
     Diagonal,
     Eigen,
     EigenKronecker,
@@ -32,6 +34,7 @@ from curvlib.operators import (
     Sum,
     Tikhonov,
 )
+from curvlib.operators.block_side import block_runs
 from curvlib.pytree import Domain
 from tests.operators.domain_cases import DomainCase, domains, layouts, tree
 
@@ -139,13 +142,30 @@ def side(kind: str, shape: tuple[int, ...], random: Random) -> tuple[Matrix, Ten
         case "eigen":
             values, q = random.positive(*shape), random.orthogonal(*shape)
             return Eigen(OrthogonalBasis(q), values), conjugated(q, values)
+        case "dense blocks":
+            blocks = [random.definite(*shape[:-1], *run) for run in block_runs(width, 2)]
+            return DenseBlocks(tuple(blocks)), joined(blocks)
+        case "block eigen":
+            vectors, values = (
+                [random.orthogonal(*shape[:-1], *run) for run in block_runs(width, 2)],
+                random.positive(*shape),
+            )
+            return Eigen(BlockBasis(tuple(vectors)), values), conjugated(joined(vectors), values)
         case _:
             values = random.positive(*shape)
             return Eigen(CanonicalBasis(width), values), values.unsqueeze(-1) * identity
 
 
-FACTORS = ("dense", "diagonal", "scaled identity")
-EIGEN = ("eigen", "canonical eigen")
+def joined(stacks: Sequence[Tensor]) -> Tensor:
+    """The block-diagonal matrices [*, d, d] of stacks of blocks [*, b, w, w]."""
+    front = stacks[0].shape[:-3]
+    groups = zip(*(stack.reshape(-1, *stack.shape[-3:]) for stack in stacks), strict=True)
+    matrices = torch.stack([torch.block_diag(*(block for part in group for block in part)) for group in groups])
+    return matrices.reshape(*front, *matrices.shape[-2:])
+
+
+FACTORS = ("dense", "diagonal", "scaled identity", "dense blocks")
+EIGEN = ("eigen", "canonical eigen", "block eigen")
 Block = tuple[Operator, Tensor, Sides | None]  # operator, dense twin, factors
 
 
@@ -280,7 +300,7 @@ def cases(draw: Draw, kind: str, *, mergeable: bool = False) -> Case:
             domain = draw(domains())
             terms = [block_diagonal(draw, domain, random) for _ in range(2)]
             return whole(Sum(tuple(t.operator for t in terms)), terms[0].dense + terms[1].dense, domain.like)
-        case "dense" | "eigen" | "canonical eigen":
+        case "dense" | "eigen" | "canonical eigen" | "dense blocks" | "block eigen":
             return tensor_case(matrix_block(kind, draw(st.tuples(extents) | st.tuples(extents, extents)), random))
         case "diagonal" | "scaled identity":
             return tensor_case(
