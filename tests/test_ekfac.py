@@ -224,3 +224,25 @@ def test_few_rows_on_a_wide_side_need_no_decomposition_of_all_of_it(fisher: str)
         vector = normal(3, *block.shape)
         solved = block.inverse(0.1) @ vector
         torch.testing.assert_close(solved, expected.inverse(0.1) @ vector, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_have_the_basis_of_their_factors(bias: bool) -> None:
+    case = problem(
+        nn.Sequential(nn.Linear(256, 258, bias), nn.Tanh(), nn.Linear(258, 3, bias)), normal(4, 5, 256), "mse", "mean"
+    )
+    curv = estimate(cv.ekfac, case, fisher="empirical")
+    assert [type(side).__name__ for side in (curv.blocks["0.weight"].left, curv.blocks["0.weight"].right)] == [
+        "LowRankBasis"
+    ] * 2
+    whole = cv.eigenvalue_correct(
+        estimate(cv.kfac, case, fisher="empirical"),
+        case.model_fn,
+        case.params,
+        case.batch,
+        loss=cv.MSE(),
+        fisher="empirical",
+    )
+    vectors = cv.unravel(normal(5, curv.size), case.params)
+    torch.testing.assert_close(cv.ravel(curv @ vectors), cv.ravel(whole @ vectors), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(curv.trace(), whole.trace(), rtol=1e-11, atol=0)

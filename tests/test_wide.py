@@ -104,3 +104,16 @@ def test_the_default_says_once_what_it_leaves_out(caplog: pytest.LogCaptureFixtu
     assert [record.getMessage() for record in caplog.records] == [
         "a side of width 17 is wider than 15: only the diagonal of its factor is kept; `wide` offers other choices"
     ]
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_the_trace_of_ekfac_is_exact_with_low_rank_sides(fisher: str) -> None:
+    params = {"v": normal(1, 3, 40), "w": normal(2, 40, 3)}
+    batch = normal(3, 9, 3), torch.arange(9) % 3
+
+    def model_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (x @ p["v"]).tanh() @ p["w"]
+
+    curv = cv.ekfac(model_fn, params, batch, fisher=fisher, wide=cv.WideLowRank(4, above=32))
+    exact = cv.fisher(model_fn, params, batch, kind=fisher)
+    torch.testing.assert_close(curv.trace(), exact.trace(), rtol=1e-10, atol=0)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvlib.capture.engines import Pullback
@@ -16,8 +17,14 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import DenseRows, Rows, chunks, sum_of_squares, summed
+from curvlib.layers.wide import Moment as WideMoment
 from curvlib.linalg.gram import full_precision
+from curvlib.linalg.row_space import row_space
+from curvlib.operators import LowRank, LowRankBasis
 from curvlib.operators.bases import Basis
+from curvlib.pytree import register
+
+SMALLEST_SPANNED = 256  # factors of narrower sides are formed, and decomposed whole
 
 Bases = tuple[Basis, Basis]
 
@@ -125,24 +132,69 @@ class FactorsAndUses:
         return FactorsAndUses(self.factors + other.factors, self.stacks + other.stacks)
 
 
+@register
+class FewRows(WideMoment):
+    """A sum of outer products that is kept as its rows [n, d], far fewer than their width: nothing is lost."""
+
+    rows: Tensor
+
+    @staticmethod
+    def suffice(rows: Tensor) -> bool:
+        """Whether rows [*, d] are fewer than half their width, and the width is worth the trouble."""
+        width = rows.shape[-1]
+        return width >= SMALLEST_SPANNED and 0 < 2 * rows.numel() <= width**2
+
+    def __add__(self, other: FewRows) -> FewRows:
+        return FewRows(torch.cat([self.rows, other.rows]))
+
+    def __truediv__(self, count: Tensor) -> FewRows:
+        return FewRows(self.rows / count.sqrt())
+
+    def to(self, dtype: torch.dtype) -> FewRows:
+        return FewRows(self.rows.to(dtype))
+
+    def side(self) -> LowRank:
+        vectors, values = row_space(self.rows)
+        return LowRank(vectors, values, values.new_zeros(()))
+
+
 class HoldingCollector(Collector):
-    """Makes factors, and holds rows and gradients until eigenbases are known: one pass in place of two."""
+    """Makes factors, and holds rows and gradients until eigenbases are known: one pass in place of two.
+
+    Rows that are few are their own factor.
+    """
 
     def __init__(self, now: Pass) -> None:
         self.now, self.factors = now, FactorCollector(now)
         self.uses: dict[Placement, list[Use]] = {}
+        self.alone = {block.placements[0] for block in now.plan.blocks if len(block.placements) == 1}
+
+    def suffice(self, placement: Placement, rows: Tensor) -> bool:
+        """Whether rows [*, N, T, d] are all there is to a factor, and few."""
+        plain = rows.shape[-2] == 1 or self.now.options.sharing == "expand"
+        plain = plain and self.now.mask is None and placement in self.alone and not placement.transposed
+        return plain and rows.shape[-1] <= self.now.options.wide.above and FewRows.suffice(rows)
 
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
         assert isinstance(layer, KroneckerLayer)
         assert operand is not None
-        return self.factors.record(placement, layer, operand, z), layer.rows(operand, self.now.examples)
+        rows = layer.rows(operand, self.now.examples)
+        if isinstance(rows, DenseRows) and rows.values.ndim == 3 and self.suffice(placement, rows.values):
+            flat = rows.values.flatten(0, 1)
+            count = torch.full((), len(flat), device=flat.device)
+            return (FewRows(flat), count, layer.keep(operand, self.now.examples)), rows
+        return self.factors.record(placement, layer, operand, z), rows
 
     def consume(self, placement: Placement, layer: Layer, kept: Any, g: Tensor) -> None:
         assert isinstance(layer, KroneckerLayer)
         factors, rows = kept
-        self.factors.consume(placement, layer, factors, g)
-        g = layer.output_rows(g, factors[2], self.now.examples)
-        self.uses.setdefault(placement, []).append(Use(rows, g.clone(), placement.transposed))
+        held = layer.output_rows(g, factors[2], self.now.examples).clone()
+        if held.ndim == 4 and self.suffice(placement, held):
+            few, previous = FewRows(held.flatten(0, 2)), self.factors.outputs.get(placement)
+            self.factors.outputs[placement] = few if previous is None else previous + few
+        else:
+            self.factors.consume(placement, layer, factors, g)
+        self.uses.setdefault(placement, []).append(Use(rows, held, placement.transposed))
 
     def sums(self, block: Block, run: Pullback) -> FactorsAndUses:
         kept = [run.kept[p.site][p.layer][0] for p in block.placements]
@@ -164,14 +216,18 @@ class EigenSquares(Moment):
 
     def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
         left, right = self.bases[block.name]
+        return (averaged(averaged(self.squares(uses, left, right), right).mT, left).mT,)
+
+    def squares(self, uses: Sequence[Use], left: Basis, right: Basis) -> Tensor:
+        """The moment of every coordinate."""
         if self.positionwise:
             parts = [self.projected(use, left, right) for use in uses]
             found = [rows.position_squares(g) for rows, g in parts]
-            return (summed([x.mT if use.transposed else x for use, x in zip(uses, found, strict=True)]),)
+            return summed([x.mT if use.transposed else x for use, x in zip(uses, found, strict=True)])
         if len(uses) == 1 and self.rows_are_cheaper(uses[0]):
             rows, g = self.projected(uses[0], left, right)
-            return (rows.squares(g),)
-        return (summed([sum_of_squares(right.analyse_right(left.analyse_left(d))) for d in in_chunks(uses)]),)
+            return rows.squares(g)
+        return summed([sum_of_squares(right.analyse_right(left.analyse_left(d))) for d in in_chunks(uses)])
 
     def projected(self, use: Use, left: Basis, right: Basis) -> tuple[Rows, Tensor]:
         """Rows and gradients in the coordinates of the bases."""
@@ -187,7 +243,17 @@ class EigenSquares(Moment):
         return positions * (d_in**2 + d_out**2) <= d_in * d_out * (d_in + d_out)
 
     def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
-        return (like.new_zeros(block.layout.shape),)
+        *groups, _, _ = block.layout.shape
+        sizes = [x.rank + 1 if isinstance(x, LowRankBasis) else x.width for x in self.bases[block.name]]
+        return (like.new_zeros(*groups, *sizes),)
+
+
+def averaged(values: Tensor, basis: Basis) -> Tensor:
+    """One value for each eigenvalue, of values [*, c] for each coordinate: the best fit where several share one."""
+    if not isinstance(basis, LowRankBasis):
+        return values
+    inside, rest = values.split([basis.rank, basis.width], -1)
+    return torch.cat([inside, rest.sum(-1, keepdim=True) / (basis.width - basis.rank)], -1)
 
 
 @dataclasses.dataclass(frozen=True)

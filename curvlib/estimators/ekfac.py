@@ -11,11 +11,9 @@ which is the best choice in Frobenius norm for that basis, and makes the trace e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
@@ -24,31 +22,27 @@ from curvlib.errors import ArgumentError, NotKroneckerError, naming
 from curvlib.estimators.correction import (
     Bases,
     EigenSquares,
+    FewRows,
     HoldingCollector,
     MomentCollector,
     Totals,
     TraceMoments,
-    Use,
 )
 from curvlib.estimators.data import Batch, DataSet, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import added, assemble, check_finite, kronecker_block
+from curvlib.estimators.factors import UseSums, added, assemble, check_finite, kronecker_block
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
-from curvlib.layers.rows import DenseRows, summed
+from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
-from curvlib.linalg.eigh import eigh
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import (
-    Basis,
     BlockDiagonal,
-    Dense,
     EigenKronecker,
     Kronecker,
     LowRankBasis,
-    Matrix,
     Operator,
     OrthogonalBasis,
     Sum,
@@ -56,7 +50,6 @@ from curvlib.operators import (
 from curvlib.pytree import Domain, Tree, flatten, tree_map
 
 CORRECTIONS = ("example", "position")
-SMALLEST_SPANNED = 256  # narrower sides are decomposed whole
 
 
 def ekfac(
@@ -147,13 +140,16 @@ def corrected_in_one_pass(
             return elementwise_block(block, sums, statistics, options)
         factors = kronecker_block(block, sums.factors, statistics, options)
         check_finite(factors)
-        bases = spanned_bases(factors, sums.stacks) or eigenbases(factors)
-        left, right = (OrthogonalBasis(x.vectors) if isinstance(x, LowRankBasis) else x for x in bases)
+        bases = eigenbases(factors)
+        spanned = spanned_sides(sums.factors)  # there, all moments outside of the low-rank basis are zero
+        left, right = (
+            OrthogonalBasis(x.vectors) if few and isinstance(x, LowRankBasis) else x
+            for x, few in zip(bases, spanned, strict=True)
+        )
         moment = EigenSquares({block.name: (left, right)}, positionwise=correction == "position")
         found = [moment.of(block, uses)[0] for uses in sums.stacks]
         values = summed(found) if found else moment.zero(block, full_precision(statistics.normalizer))[0]
-        outside = [int(isinstance(x, LowRankBasis)) for x in reversed(bases)]  # where all moments are zero
-        values = torch.nn.functional.pad(values, (0, outside[0], 0, outside[1]))
+        values = torch.nn.functional.pad(values, (0, int(spanned[1]), 0, int(spanned[0])))
         return EigenKronecker(*bases, values / statistics.divisor(options))
 
     return assemble(statistics, Domain.of(params), make)
@@ -318,22 +314,7 @@ def eigenbases(block: Operator) -> Bases:
     )
 
 
-def spanned_bases(factors: Operator, stacks: Sequence[Sequence[Use]]) -> Bases | None:
-    """Eigenbases of factors that are made of few rows, from the rows' span: the rest of either side is in no moment."""
-    if not isinstance(factors, Kronecker) or len(stacks) != 1 or len(stacks[0]) != 1 or len(factors.shape) != 2:
-        return None
-    use = stacks[0][0]
-    if not isinstance(use.rows, DenseRows):
-        return None
-    sides = ((factors.left, use.g), (factors.right, use.rows.values))
-    left, right = (spanned_basis(factor, rows.reshape(-1, rows.shape[-1])) for factor, rows in sides)
-    return left, right
-
-
-def spanned_basis(factor: Matrix, rows: Tensor) -> Basis:
-    """The eigenbasis of a factor, within the span of rows [n, d] where they are few."""
-    count, width = rows.shape
-    if not isinstance(factor, Dense) or width < SMALLEST_SPANNED or 2 * count > width:
-        return factor.eigen().basis
-    span = torch.linalg.qr(rows.mT).Q
-    return LowRankBasis(span @ eigh(span.mT @ factor.matrix @ span)[1])
+def spanned_sides(sums: UseSums) -> tuple[bool, bool]:
+    """Which sides have a basis of the span of few rows: outputs, inputs."""
+    outputs, inputs = [use.outputs for use in sums.uses], [use.inputs for use in sums.uses]
+    return all(isinstance(x, FewRows) for x in outputs), all(isinstance(x, FewRows) for x in inputs)

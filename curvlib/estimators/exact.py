@@ -23,8 +23,8 @@ from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError
 from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.implicit import Implicit
-from curvlib.estimators.kinds import Draws, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
-from curvlib.estimators.linearization import Leaves, choose, each, on_leaves, twice_differentiable
+from curvlib.estimators.kinds import Draws, How, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
+from curvlib.estimators.linearization import Leaves, choose, on_leaves, twice_differentiable
 from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, detached, first_batch
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
@@ -89,15 +89,14 @@ def multiply(
     params: Tree,
     batch: tuple[Any, Any, Draws],
     stack: Leaves,
-    how: tuple[str, int],
+    how: How,
 ) -> tuple[Leaves, Tensor]:
     """One batch's unreduced curvature times k stacked vectors (leaves [k, *shape]), and the batch's normalizer."""
     inputs, targets, draws = batch
-    mode, width = how
     fn = on_leaves(model_fn, Domain.of(params), inputs)
     with twice_differentiable():
-        product, count = kind.product(fn, flatten(params)[0], targets, draws, mode)
-        return [full_precision(x) for x in each(product, stack, width)], count
+        products, count = kind.multiply(fn, flatten(params)[0], targets, draws, stack, how)
+        return [full_precision(x) for x in products], count
 
 
 def matrix_free(
@@ -145,8 +144,8 @@ def ggn(
 ) -> MatrixFree:
     """The generalized Gauss-Newton matrix of the reduced objective, exact and matrix-free.
 
-    A product takes one forward pass with tangents, one without, and one backward pass; stacked vectors (`matmat`)
-    share the forward passes. Attention runs by its formula, as fused kernels cannot be differentiated twice.
+    A product takes one forward pass with tangents and one backward pass; stacked vectors (`matmat`) share the forward
+    pass without tangents. Attention runs by its formula, as fused kernels cannot be differentiated twice.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs [N, ...].

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.estimators.linearization import LeafFn, Leaves, hessian_product, linearize
+from curvlib.estimators.linearization import LeafFn, Leaves, each, hessian_product, joined, linearize_along, together
 from curvlib.losses import Loss
 
-Product = Callable[[Leaves], Leaves]
+How = tuple[str, int]
 Draws = Tensor | torch.Generator | None  # sampled gradients [M, *outputs.shape], or where to draw them from
 
 
@@ -21,8 +21,19 @@ class Kind(ABC):
     """A kind of curvature. Concrete kinds are frozen dataclasses, static for transforms."""
 
     @abstractmethod
-    def product(self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, mode: str) -> tuple[Product, Tensor]:
-        """V -> (sum over the batch's examples of the curvature of their terms) v, and the batch's normalizer."""
+    def multiply(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, stack: Leaves, how: How
+    ) -> tuple[Leaves, Tensor]:
+        """The sum of the examples' unreduced curvatures times k stacked vectors, and the batch's normalizer.
+
+        Args:
+            fn: the outputs as a function of the parameters' leaves.
+            leaves: the parameters.
+            targets: of the batch.
+            draws: the batch's draws.
+            stack: the vectors, leaves [k, *shape].
+            how: the mode of differentiation, and how many vectors at a time.
+        """
 
     @property
     @abstractmethod
@@ -41,11 +52,19 @@ class GaussNewton(Kind):
     def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
         """What a mean is divided by, 0-d; it checks that the targets fit."""
 
-    def product(self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, mode: str) -> tuple[Product, Tensor]:
-        line = linearize(fn, leaves, mode)
+    def multiply(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, stack: Leaves, how: How
+    ) -> tuple[Leaves, Tensor]:
+        mode, width = how
+        first, others = [v[:width] for v in stack], [v[width:] for v in stack]
+        line, images = linearize_along(fn, leaves, first, mode)
         normalizer = self.normalizer(line.value, targets)
         weigh = self.weigh(line.value, targets, draws)
-        return lambda v: line.pull(weigh(line.push(v))), normalizer
+        parts = [together(lambda u: line.pull(weigh(u)), images)]
+        if len(others[0]):
+            parts.append(each(lambda v: line.pull(weigh(line.push(v))), others, width))
+        products: Leaves = joined(parts)
+        return products, normalizer
 
 
 @dataclass(frozen=True)
@@ -123,14 +142,18 @@ class SecondDerivative(Kind):
     def reduction(self) -> str:
         return self.loss.reduction
 
-    def product(self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, mode: str) -> tuple[Product, Tensor]:
+    def multiply(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, stack: Leaves, how: How
+    ) -> tuple[Leaves, Tensor]:
         with torch.no_grad():
             normalizer = checked_normalizer(self.loss, fn(leaves), targets)
 
         def objective(leaves: Leaves) -> Tensor:
             return self.loss.terms(fn(leaves), targets).sum()
 
-        return hessian_product(objective, leaves, mode), normalizer
+        mode, width = how
+        products: Leaves = each(hessian_product(objective, leaves, mode), stack, width)
+        return products, normalizer
 
 
 def checked_normalizer(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:

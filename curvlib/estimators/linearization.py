@@ -79,6 +79,28 @@ def linearize(fn: LeafFn, leaves: Leaves, mode: str) -> Linearization:
     return Linearization(value, lambda v: transposed(v)[0], pull)
 
 
+def linearize_along(fn: LeafFn, leaves: Leaves, tangents: Leaves, mode: str) -> tuple[Linearization, Tensor]:
+    """`linearize`, and J v for stacked tangents (leaves [k, *shape]): [k, *value.shape].
+
+    In forward mode it takes one pass: the one that carries the tangents records what pulling back needs.
+    """
+    if mode == "reverse":
+        line = linearize(fn, leaves, mode)
+        return line, together(line.push, tangents)
+
+    def images(leaves: Leaves) -> tuple[Tensor, Tensor]:
+        if len(tangents[0]) == 1:  # a model that vmap refuses can do one
+            dual: Any = torch.func.jvp(fn, (leaves,), ([v.squeeze(0) for v in tangents],))
+            return dual[0], dual[1].unsqueeze(0)
+        vmap: Any = torch.func.vmap
+        both: tuple[Tensor, Tensor] = vmap(lambda v: torch.func.jvp(fn, (leaves,), (v,)), out_dims=(None, 0))(tangents)
+        return both
+
+    linear: Any = torch.func.vjp(images, leaves, has_aux=True)
+    value, vjp, pushed = linear
+    return Linearization(value, lambda v: torch.func.jvp(fn, (leaves,), (v,))[1], lambda u: vjp(u)[0]), pushed
+
+
 def linearize_by_autograd(fn: LeafFn, leaves: Leaves) -> Linearization:
     """`linearize` in reverse mode by plain autograd."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -132,13 +154,20 @@ def gradient(
 def each(product: Callable[[Any], Any], stack: Any, width: int) -> Any:
     """A product of one vector applied to k stacked ones, ``width`` at a time; leading axis k in and out."""
     leaves, structure = torch_pytree.tree_flatten(stack)
-    parts = []
-    for chunk in zip(*(leaf.split(width) for leaf in leaves), strict=True):
-        if len(chunk[0]) == 1:
-            result = product(torch_pytree.tree_unflatten([x.squeeze(0) for x in chunk], structure))
-            parts.append(torch_pytree.tree_map(lambda x: x.unsqueeze(0), result))
-        else:
-            parts.append(torch.func.vmap(product)(torch_pytree.tree_unflatten(list(chunk), structure)))
+    chunks = zip(*(leaf.split(width) for leaf in leaves), strict=True)
+    return joined([together(product, torch_pytree.tree_unflatten(list(chunk), structure)) for chunk in chunks])
+
+
+def together(product: Callable[[Any], Any], stack: Any) -> Any:
+    """A product of one vector applied to k stacked ones at once; to a single one without `torch.func.vmap`."""
+    if len(torch_pytree.tree_leaves(stack)[0]) > 1:
+        return torch.func.vmap(product)(stack)
+    result = product(torch_pytree.tree_map(lambda x: x.squeeze(0), stack))
+    return torch_pytree.tree_map(lambda x: x.unsqueeze(0), result)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Stacks, one behind the other."""
     return torch_pytree.tree_map(lambda *xs: torch.cat(xs), *parts) if len(parts) > 1 else parts[0]
 
 
