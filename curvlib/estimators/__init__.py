@@ -2,16 +2,23 @@
 
 from curvlib.estimators.data import DataSet, over
 from curvlib.estimators.diagonal import diagonal
+from curvlib.estimators.dykaf import DyKAF, dykaf
 from curvlib.estimators.ekfac import eigenvalue_correct, ekfac, tkfac
 from curvlib.estimators.exact import MatrixFree, fisher, ggn, gramian, hessian
 from curvlib.estimators.exact_blocks import block_diagonal
 from curvlib.estimators.implicit import Implicit, ImplicitInverse, ImplicitSum, solve
 from curvlib.estimators.jacobian import Jacobian, TransposedJacobian, jacobian
 from curvlib.estimators.kfac import kfac
+from curvlib.estimators.kl_shampoo import KLShampoo, kl_shampoo
+from curvlib.estimators.shampoo import Shampoo, shampoo
 
 __all__ = [
+    "DyKAF",
+    "KLShampoo",
     "MatrixFree",
+    "Shampoo",
     "block_diagonal",
+    "dykaf",
     "fisher",
     "ggn",
     "gramian",
@@ -28,6 +35,8 @@ __all__ = [
     "eigenvalue_correct",
     "ekfac",
     "kfac",
+    "kl_shampoo",
     "over",
+    "shampoo",
     "tkfac",
 ]

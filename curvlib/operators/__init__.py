@@ -6,6 +6,7 @@ from curvlib.operators.block_side import BlockBasis, DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.combine import ema, merge_factors
 from curvlib.operators.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
+from curvlib.operators.eigen_sketch import EigenSketch
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.kronecker_side import KroneckerBasis, KroneckerSide
 from curvlib.operators.layout import Layout, Region
@@ -32,6 +33,7 @@ __all__ = [
     "Diagonal",
     "Eigen",
     "EigenKronecker",
+    "EigenSketch",
     "FactoredTikhonov",
     "Kronecker",
     "KroneckerBasis",

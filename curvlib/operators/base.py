@@ -18,7 +18,7 @@ from curvlib.pytree import Tree, inner, tree_map
 
 if TYPE_CHECKING:
     from curvlib.operators.projection import Projection
-    from curvlib.operators.sketch import Sketch
+    from curvlib.operators.sketch import Compressor
 
 
 class Operator(ABC):
@@ -147,11 +147,12 @@ class Operator(ABC):
         """
         return self.power(-1, damping)
 
-    def project(self, sketch: Sketch) -> Projection:
-        """The composition R o curv with a `sketch` R, folded into one small matrix a side.
+    def project(self, sketch: Compressor) -> Projection:
+        """The composition R o curv with a `sketch` R or an `EigenSketch`, folded into one small matrix a side.
 
         Raises:
-            NotKroneckerError: a block is not a Kronecker product, nor a matrix of its own; names it.
+            NotKroneckerError: a block is neither a matrix of its own nor a Kronecker product; for an `EigenSketch`, it
+                has no eigenbasis a side. Names it.
             PytreeError: the sketch was made for other parameters.
         """
         from curvlib.operators.projection import project  # a projection is made of operators

@@ -2,23 +2,28 @@
 
 For a Kronecker block, R_left and R_right act on the two sides, so that the projection of V is the small matrix
 M_left V M_right^T with M_left = R_left G and M_right = R_right A. With curv = K^(-1/2), the inner product of two
-projected gradients estimates g^T K^-1 h.
+projected gradients estimates g^T K^-1 h. Of a gradient that is a sum over positions of g a^T, it is the sum of
+(M_left g) (M_right a)^T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
-from curvlib.errors import NotKroneckerError, PytreeError, naming
+from curvlib.errors import PytreeError, naming
 from curvlib.operators.base import Operator
 from curvlib.operators.blocks import BlockDiagonal, Layouts
-from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.layout import Layout, Region
-from curvlib.operators.matrices import Matrix
-from curvlib.operators.sketch import Sketch
+from curvlib.operators.sketch import Compressor, Sides
 from curvlib.pytree import Domain, Tree, register, static
 
-Sides = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    from curvlib.estimators.per_example import BlockGradients, ExampleGradients
+    from curvlib.losses import Loss
 
 
 @register
@@ -26,7 +31,8 @@ class Projection:
     """The map from vectors to small tensors, one a block.
 
     Args:
-        sides: (M_left [*, p, m], M_right [*, q, n]) of a Kronecker block, or (M [p, *shape],) of a block without sides.
+        sides: (M_left [*, p, m], M_right [*, q, n]) of a Kronecker block; with weights [*, p, q] that entries are
+            multiplied by if the eigenvalues do not factor; or (M [p, *shape],) of a block without sides.
         layouts: which elements of which parameters make up each block.
         domain: structure, names and shapes of the parameters.
 
@@ -50,52 +56,105 @@ class Projection:
             PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
         """
         leaves = self.domain.leaves(v)
-        projected = {}
-        for name, layout in self.layouts:
-            vector = layout.gather(leaves)
-            match self.sides[name]:
-                case (left, right):
-                    projected[name] = left @ vector @ right.mT
-                case (rows,):
-                    projected[name] = rows.flatten(1) @ vector.reshape(-1)
-        return projected
+        return {name: projected(self.sides[name], layout.gather(leaves), 0) for name, layout in self.layouts}
+
+    def per_example(
+        self, model_fn: Callable[[Any, Any], Any], params: Tree, batch: Any, *, loss: Loss | None = None
+    ) -> dict[str, Tensor]:
+        """The projections of per-example gradients, each that of the example's own, unreduced loss term.
+
+        They are made of what layers read and of gradients of their outputs; a gradient of a weight is formed only where
+        that takes fewer multiplications, or where the operator's blocks are others than the model's layers.
+
+        Args:
+            model_fn: pure function (params, inputs) -> outputs [N, ...].
+            params: pytree of tensors, like those that the curvature was made for.
+            batch: (inputs, targets) with N examples, or a whole data set `over` a loader.
+            loss: the objective; None: `CrossEntropy`.
+
+        Returns:
+            {block: [N, *, p, q]}, or {block: [N, p]} for a block without sides.
+
+        Raises:
+            PytreeError: the curvature was made for other parameters.
+            CaptureError: a parameter is used by a call that is not understood.
+            TargetError: the targets do not fit the loss.
+
+        Example:
+            >>> import curvlib as cv
+            >>> from curvlib.operators import EigenSketch
+            >>> params = {"w": torch.ones(3, 4)}
+            >>> model_fn, batch = lambda p, x: x @ p["w"], (torch.randn(9, 3), torch.zeros(9, dtype=torch.long))
+            >>> root = cv.kfac(model_fn, params, batch).power(-0.5, 0.1)
+            >>> root.project(EigenSketch(rank=2)).per_example(model_fn, params, batch)["w"].shape
+            torch.Size([9, 2, 2])
+        """
+        from curvlib.estimators.observations import planned  # estimators are made of operators
+        from curvlib.estimators.per_example import example_gradients
+        from curvlib.losses import CrossEntropy
+
+        if Domain.of(params) != self.domain:
+            raise PytreeError("the projection was made for params of another structure or other shapes")
+        parts = []
+        for plan, inputs, targets in planned(model_fn, params, batch, None):
+            loss = CrossEntropy() if loss is None else loss
+            gradients = example_gradients(model_fn, params, (inputs, targets), loss=loss, plan=plan)
+            parts.append(self.of_examples(gradients))
+        return {name: torch.cat([part[name] for part in parts]) for name, _ in self.layouts}
+
+    def of_examples(self, gradients: ExampleGradients) -> dict[str, Tensor]:
+        """The projections of per-example gradients that are already there."""
+        known = {name: sequences(layout) for name, layout in gradients.layouts}
+        other = [(name, layout) for name, layout in self.layouts if known.get(name) != sequences(layout)]
+        found: dict[str, list[Tensor]] = {name: [] for name, _ in other}
+        for start, stop in gradients.ranges() if other else ():
+            leaves = self.domain.leaves(gradients.tree(start, stop), 1)
+            for name, layout in other:
+                found[name].append(projected(self.sides[name], layout.gather(leaves), 1))
+        return {
+            name: torch.cat(found[name]) if name in found else of_rows(self.sides[name], gradients.blocks[name])
+            for name, _ in self.layouts
+        }
 
 
-def project(curv: Operator, sketch: Sketch) -> Projection:
+def sequences(layout: Layout) -> tuple[object, ...]:
+    """Equal for layouts that gather the same tensor."""
+    return tuple(piece.sequence for piece in layout.pieces)
+
+
+def projected(sides: Sides, vectors: Tensor, leading: int) -> Tensor:
+    """The projections of a block's vectors [*lead, *shape]."""
+    match sides:
+        case (left, right, weights):
+            return weights * (left @ vectors @ right.mT)
+        case (left, right):
+            return left @ vectors @ right.mT
+        case (rows,):
+            return vectors.flatten(leading) @ rows.flatten(1).mT if leading else rows.flatten(1) @ vectors.reshape(-1)
+    raise AssertionError(f"a block has one to three tensors, not {len(sides)}")
+
+
+def of_rows(sides: Sides, gradients: BlockGradients) -> Tensor:
+    """The projections of a block's per-example gradients."""
+    match sides:
+        case (left, right, weights):
+            return weights * gradients.projected(left, right)
+        case (left, right):
+            return gradients.projected(left, right)
+        case (rows,):
+            return gradients.inner(rows).mT
+    raise AssertionError(f"a block has one to three tensors, not {len(sides)}")
+
+
+def project(curv: Operator, compressor: Compressor) -> Projection:
     """R o curv, block by block."""
     if not isinstance(curv, BlockDiagonal):
         domain = Domain.of_tensor(curv.shapes[0])
         region = Region.whole(0, curv.shapes[0])
         curv = BlockDiagonal({"params": curv}, (("params", Layout((region,))),), domain)
-    if curv.domain != sketch.domain:
-        raise PytreeError("the sketch was made for a pytree of another structure or other shapes; make it from params")
+    compressor.check(curv.domain)
     sides = {}
     for name, _, block in curv.items():
         with naming(name):
-            sides[name] = fold(block, name, sketch)
+            sides[name] = compressor.fold(block, name)
     return Projection(sides, curv.layouts, curv.domain)
-
-
-def fold(block: object, name: str, sketch: Sketch) -> Sides:
-    """R o block as small matrices.
-
-    Raises:
-        NotKroneckerError: the block has no factor a side.
-    """
-    match block:
-        case Kronecker(left=left, right=right):
-            sides = ("left", left), ("right", right)
-            return tuple(side.right(sketch.matrix(name, label, side.shape[-1], like(side))) for label, side in sides)
-        case Matrix():
-            rows = sketch.matrix(name, "rows", block.size, like(block))
-            return (block.apply(rows.reshape(-1, *block.shape), 1),)
-    reason = "its eigenvalues do not factor" if isinstance(block, EigenKronecker) else "it is not a Kronecker product"
-    raise NotKroneckerError(
-        f"a {type(block).__name__} has no factor a side to fold a sketch into ({reason}): use FactoredTikhonov damping "
-        "in place of a number, or apply the operator to the full vector first and sketch the result (R @ curv)"
-    )
-
-
-def like(side: Matrix) -> Tensor:
-    """A tensor with the side's dtype and device."""
-    return side.diagonals()

@@ -9,24 +9,75 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from curvlib.errors import ArgumentError
+from curvlib.errors import ArgumentError, NotKroneckerError, PytreeError
+from curvlib.operators.base import Operator
+from curvlib.operators.kronecker import EigenKronecker, Kronecker
+from curvlib.operators.matrices import Matrix
 from curvlib.pytree import Domain, Tree
 
 KINDS = ("rademacher", "normal", "orthogonal")
 
+Sides = tuple[Tensor, ...]
+
+
+class Compressor(ABC):
+    """What an operator may be composed with by `Operator.project`: a small matrix R a side of every block."""
+
+    @abstractmethod
+    def check(self, domain: Domain) -> None:
+        """Refuses operators on other parameters.
+
+        Raises:
+            PytreeError: it was made for parameters of another structure or shape.
+        """
+
+    @abstractmethod
+    def fold(self, block: Operator, name: str) -> Sides:
+        """R o block as small matrices; see `Projection` for what they are.
+
+        Raises:
+            NotKroneckerError: the block has no sides, or not what is needed of them.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
-class Sketch:
+class Sketch(Compressor):
     """A description of random matrices; they are made when an operator is projected. See `sketch`."""
 
     rank: int
     kind: str
     seed: int
     domain: Domain
+
+    def check(self, domain: Domain) -> None:
+        if domain != self.domain:
+            raise PytreeError(
+                "the sketch was made for a pytree of another structure or other shapes; make it from params"
+            )
+
+    def fold(self, block: Operator, name: str) -> Sides:
+        match block:
+            case Kronecker(left=left, right=right):
+                sides = ("left", left), ("right", right)
+                return tuple(
+                    side.right(self.matrix(name, label, side.shape[-1], side.diagonals())) for label, side in sides
+                )
+            case Matrix():
+                rows = self.matrix(name, "rows", block.size, block.diagonals())
+                return (block.apply(rows.reshape(-1, *block.shape), 1),)
+        reason = (
+            "its eigenvalues do not factor" if isinstance(block, EigenKronecker) else "it is not a Kronecker product"
+        )
+        raise NotKroneckerError(
+            f"a {type(block).__name__} has no factor a side to fold a sketch into ({reason}): use FactoredTikhonov "
+            "damping in place of a number, or apply the operator to the full vector first and sketch the result "
+            "(R @ curv); an EigenSketch folds into every operator that has an eigenbasis a side"
+        )
 
     def matrix(self, block: str, side: str, width: int, like: Tensor) -> Tensor:
         """R [p, width] for one side of a block, p = min(rank, width); R = I where p = width."""

@@ -63,7 +63,7 @@ def powers_are_the_twins(case: Case, damping: Damping | float) -> None:
     assert_close(case.operator.damp(damping).to_dense(), case.damped(damping))
     v = flat(case.vector())
     assert_close(case.damped(damping) @ flat(case.operator.inverse(damping) @ case.vector()), v)
-    for exponent in (-1, -0.5, 0, 0.25, 1.5, 2):
+    for exponent in (-1, -0.5, 0, 1.5):
         for strength, dense in ((damping, case.damped(damping)), (0.0, case.dense)):
             power = case.operator.power(exponent, strength)
             expected = matrix_function(dense, lambda x, p=exponent: x**p)
@@ -83,7 +83,7 @@ def powers_add(case: Case) -> None:
 
 
 def samples_have_the_covariance(case: Case) -> None:
-    n = 40_000
+    n = 10_000
     draws = flat(case.operator.sample(generator(1), n), stacked=True)
     spread = float((case.dense.trace() ** 2 + case.dense.norm().square()) / n) ** 0.5
     assert float((draws.mT @ draws / n - case.dense).norm()) <= 6 * spread

@@ -161,6 +161,22 @@ def test_inner_products_of_projections_estimate_the_inverse() -> None:
     assert abs(float(found.mean() - exact)) <= 5 * float(found.std()) / math.sqrt(len(found))
 
 
+@every_sketch
+def test_the_error_of_an_estimate_falls_with_the_root_of_the_rank(kind: str) -> None:
+    curv, params = network(layer=Dense(random.definite(64)))
+    g, h = vector_of(params), vector_of(params)
+    root = curv.power(-0.5)
+    images = (root @ g)["layer"], (root @ h)["layer"]
+    errors = {}
+    for rank in (2, 8):
+        draws = torch.stack([matrix(kind, rank, 64, seed, "layer", "rows") for seed in range(400)])
+        found = (draws @ images[0] * (draws @ images[1])).sum(-1)
+        first = root.project(sketch(params, rank=rank, kind=kind))
+        assert_close((first(g)["layer"] * first(h)["layer"]).sum(), found[0])
+        errors[rank] = float((found - images[0] @ images[1]).square().mean().sqrt())
+    assert 0.4 < errors[8] / errors[2] < 0.6
+
+
 @pytest.mark.parametrize("kind", ["eigen kronecker", "sum"])
 @moderately
 @given(data=st.data())

@@ -1,0 +1,216 @@
+"""Curvature from gradients: what Shampoo, KL-Shampoo and DyKAF share.
+
+A block's gradient is a matrix or a tensor D [n_1, ..., n_d] with one factor an axis, or mode; the curvature is a
+running mean of g g^T, g = vec D, of which only the factors are kept. For d = 2 that is a `Kronecker` product, for d > 2
+one whose right side is a `KroneckerSide`. Vectors and scalars have their second moment itself, or its diagonal.
+
+Where gradients come from is another matter: see `observations` for those of a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvlib.errors import ArgumentError, naming
+from curvlib.layers.wide import Wide, announce
+from curvlib.linalg.gram import full_precision
+from curvlib.linalg.middle_gram import middle_gram
+from curvlib.operators import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Kronecker,
+    KroneckerSide,
+    Layout,
+    Matrix,
+    Operator,
+    Region,
+    ScaledPower,
+)
+from curvlib.pytree import Domain, Tree
+
+Number = float | Tensor
+Modes = tuple[Matrix, ...]  # the factor of every axis
+Start = Callable[[Tensor, tuple[bool, ...]], Kronecker]  # D [*, n_1, ..., n_d], and which factors are diagonal
+Advance = Callable[[Kronecker, Tensor, Number, Number], Kronecker]  # F, D, a, w -> a F + w g g^T
+
+
+# --- blocks and their factors -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a block is in the parameters, and the widths of its factors: none for an elementwise one."""
+
+    name: str
+    layout: Layout
+    widths: tuple[int, ...]
+
+
+def places_of_leaves(domain: Domain) -> tuple[Place, ...]:
+    """One block a leaf: a leaf of order d >= 2 as the matrix [n_1, n_2 ... n_d], others as a vector."""
+    places = []
+    for number, (name, shape) in enumerate(zip(domain.names, domain.shapes, strict=True)):
+        region = Region.whole(number, shape)
+        matrix = (shape[0], region.numel // max(1, shape[0])) if len(shape) > 1 else (region.numel,)
+        places.append(Place(name, Layout((region.reshape(*matrix),)), shape if len(shape) > 1 else ()))
+    return tuple(places)
+
+
+def modes_of(block: Kronecker) -> Modes:
+    """The factors of a block, one an axis."""
+    match block.right:
+        case KroneckerSide(factors=factors):
+            return (block.left, *factors)
+    return block.left, block.right
+
+
+def block_of(modes: Sequence[Matrix]) -> Kronecker:
+    """The block with these factors."""
+    left, *right = modes
+    return Kronecker(left, right[0] if len(right) == 1 else KroneckerSide(tuple(right)))
+
+
+def parts_of(side: Matrix) -> tuple[Matrix, Tensor, float]:
+    """M, c and p of a side c M^p."""
+    match side:
+        case ScaledPower(base=base, scale=scale, exponent=exponent):
+            return base, scale, exponent
+    like = side.diagonals()
+    return side, like.new_ones(like.shape[:-1]), 1.0
+
+
+def entries(matrix: Matrix) -> Tensor:
+    """The numbers of a factor: [*, n, n], or [*, n] of a diagonal one.
+
+    Raises:
+        ArgumentError: it is in another form.
+    """
+    match matrix:
+        case Dense(matrix=values) | Diagonal(values=values):
+            return values
+    raise ArgumentError(
+        f"a {type(matrix).__name__} has no factors to update; update the curvature that init, update or the estimator "
+        "returned, and take powers and inverses of the result"
+    )
+
+
+def factor_like(matrix: Matrix, values: Tensor) -> Matrix:
+    """A factor of the same form."""
+    return Diagonal(values) if isinstance(matrix, Diagonal) else Dense(values)
+
+
+def is_diagonal(matrix: Matrix) -> bool:
+    """Whether a factor is that of a wide side."""
+    return isinstance(matrix, Diagonal)
+
+
+def spread(number: Tensor, values: Tensor) -> Tensor:
+    """One number a group [*], to be multiplied with [*, ...]."""
+    return number.reshape(*number.shape, *(1,) * (values.ndim - number.ndim))
+
+
+def unfolded(gradient: Tensor, axis: int, order: int) -> Tensor:
+    """D [*, n_1, ..., n_d] as a matrix [*, n_i, rest]."""
+    return gradient.movedim(axis - order, -order).flatten(1 - order)
+
+
+def folded(matrix: Tensor, axis: int, like: Tensor, order: int) -> Tensor:
+    """The inverse of `unfolded`; ``like`` is D."""
+    widths = list(like.shape[-order:])
+    first = widths.pop(axis)
+    tensor = matrix.unflatten(-1, widths) if order > 2 else matrix
+    assert tensor.shape[-order] == first
+    return tensor.movedim(-order, axis - order)
+
+
+def mode_gram(gradient: Tensor, axis: int, order: int, *, diagonal: bool) -> Tensor:
+    """D_(i) D_(i)^T [*, n_i, n_i] of the unfolding along an axis, or its diagonal [*, n_i]."""
+    matrix = unfolded(gradient, axis, order)
+    return matrix.square().sum(-1) if diagonal else middle_gram(matrix)
+
+
+# --- running means ----------------------------------------------------------------------------------------------
+
+
+def begin(
+    leaves: Sequence[Tensor], places: Sequence[Place], domain: Domain, start: Start, *, elementwise: str, wide: Wide
+) -> BlockDiagonal:
+    """The curvature of one gradient.
+
+    Args:
+        leaves: the gradient, in the order of the domain.
+        places: the blocks.
+        domain: of the parameters.
+        start: makes a block of its gradient.
+        elementwise: ``diagonal`` or ``dense``.
+        wide: the width beyond which a factor is diagonal.
+    """
+    if elementwise not in ("diagonal", "dense"):
+        raise ArgumentError(f"elementwise must be one of diagonal, dense, got {elementwise!r}")
+    blocks: dict[str, Operator] = {}
+    for place in places:
+        gradient = full_precision(place.layout.gather(leaves))
+        with naming(place.name):
+            if place.widths:
+                gradient = gradient.reshape(*gradient.shape[:-2], *place.widths)
+                blocks[place.name] = start(gradient, tuple(is_wide(width, wide) for width in place.widths))
+            elif elementwise == "dense" and place.layout.numel <= wide.above:
+                blocks[place.name] = Dense(torch.outer(gradient, gradient))
+            else:
+                blocks[place.name] = Diagonal(gradient.square())
+    return BlockDiagonal(blocks, tuple((place.name, place.layout) for place in places), domain)
+
+
+def is_wide(width: int, wide: Wide) -> bool:
+    """Whether a side has a diagonal factor; says so, once a width."""
+    if width > wide.above:
+        announce(width, wide.above)
+    return width > wide.above
+
+
+def weights(decay: Number | None) -> tuple[Number, Number]:
+    """What the curvature and the new gradient count: (decay, 1 - decay), or (1, 1) for a sum.
+
+    Raises:
+        ArgumentError: the decay is a number that is not between 0 and 1.
+    """
+    if decay is None:
+        return 1.0, 1.0
+    if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
+        raise ArgumentError(f"decay must lie between 0 and 1, or be None for a sum, got {decay}")
+    return decay, 1 - decay
+
+
+def step(curv: BlockDiagonal, grads: Tree, decay: Number | None, advance: Advance) -> BlockDiagonal:
+    """The curvature after one more gradient: decay * F + (1 - decay) g g^T, or F + g g^T.
+
+    Raises:
+        ArgumentError: the decay is out of range, or a block has no factors to update; names it.
+        PytreeError, ShapeError: the gradient is not a vector of the curvature's domain; names the leaf.
+    """
+    old, new = weights(decay)
+    blocks: dict[str, Operator] = {}
+    gradients = curv.gather(grads, 0)
+    for name, _, block in curv.items():
+        gradient = full_precision(gradients[name])
+        with naming(name):
+            match block:
+                case Diagonal(values=values):
+                    blocks[name] = Diagonal(old * values + new * gradient.square())
+                case Dense(matrix=matrix):
+                    blocks[name] = Dense(old * matrix + new * torch.outer(gradient, gradient))
+                case Kronecker():
+                    widths = [mode.shape[-1] for mode in modes_of(block)]
+                    gradient = gradient.reshape(*gradient.shape[:-2], *widths)
+                    blocks[name] = advance(block, gradient, old, new)
+                case _:
+                    raise ArgumentError(
+                        f"a {type(block).__name__} cannot be updated; update the curvature that init, update or the "
+                        "estimator returned, and take powers and inverses of the result"
+                    )
+    return BlockDiagonal(blocks, curv.layouts, curv.domain)

@@ -1,0 +1,70 @@
+"""One step of orthogonal iteration: an eigenbasis that follows a slowly changing symmetric matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One QR power iteration of an eigenbasis, its columns sorted by their Rayleigh quotients first.
+
+    With l = diag(Q^T M Q) and ``order`` the permutation that sorts l descending, the new basis is the Q of the QR
+    decomposition of M Q[:, order]. One matrix product and one QR decomposition: l is read off the same product.
+    Columns keep no sign: a new column may point the other way. A zero matrix gives the identity.
+
+    Args:
+        matrix: M [*, n, n], symmetric and positive semidefinite.
+        basis: Q [*, n, n], orthogonal.
+
+    Returns:
+        The new basis [*, n, n], and the order [*, n] (int64): its column i descends from column ``order[i]`` of Q.
+
+    Source:
+        Vyas et al. 2024, SOAP, arXiv 2409.11321, algorithm 4.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+        >>> basis, order = orthogonal_iteration(matrix, torch.eye(2))
+        >>> basis.abs(), order
+        (tensor([[0., 1.],
+                [1., 0.]]), tensor([1, 0]))
+    """
+    image, quotients = rayleigh(matrix, basis)
+    order = quotients.argsort(dim=-1, descending=True, stable=True)
+    sorted_image = image.gather(-1, order.unsqueeze(-2).expand(image.shape))
+    return torch.linalg.qr(sorted_image)[0], order
+
+
+def off_diagonality(matrix: Tensor, basis: Tensor) -> Tensor:
+    """How far a basis is from diagonalising a matrix: ||offdiag(Q^T M Q)||_F / ||M||_F, between 0 and 1.
+
+    Computed as ||M Q - Q diag(l)||_F / ||M Q||_F with l = diag(Q^T M Q): the same for orthogonal Q, by one matrix
+    product and without cancellation. A zero matrix is diagonal in every basis: 0.
+
+    Args:
+        matrix: M [*, n, n], symmetric.
+        basis: Q [*, n, n], orthogonal.
+
+    Returns:
+        [*].
+
+    Example:
+        >>> matrix = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> off_diagonality(matrix, torch.eye(2)), off_diagonality(matrix, torch.linalg.eigh(matrix)[1]) < 1e-6
+        (tensor(1.), tensor(True))
+    """
+    image, quotients = rayleigh(matrix, basis)
+    residual = torch.linalg.matrix_norm(image - basis * quotients.unsqueeze(-2))
+    return residual / torch.linalg.matrix_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
+
+
+def rayleigh(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The image M Q [*, n, n] and the Rayleigh quotients diag(Q^T M Q) [*, n], by one matrix product.
+
+    Example:
+        >>> rayleigh(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.eye(2))[1]
+        tensor([2., 3.])
+    """
+    image = matrix @ basis
+    return image, (image * basis).sum(-2)

@@ -1,0 +1,96 @@
+"""Stacks of tensors [k, n_1, ..., n_d], one mode (dimension) of the members at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def mode_product(stack: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Y[.., j, ..] = sum_i X[.., i, ..] Q[i, j] for each member: Q^T X for mode 0 of matrices, X Q for mode 1.
+
+    Args:
+        stack: X [k, n_1, ..., n_d].
+        matrix: Q [k, n, p], with n the width of the mode.
+        mode: from 0 on.
+
+    Returns:
+        [k, n_1, ..., p, ..., n_d].
+
+    Example:
+        >>> import torch
+        >>> stack, matrix = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0], [10.0]]])
+        >>> mode_product(stack, matrix, 1)
+        tensor([[[21.]]])
+    """
+    axis, width = mode + 1, matrix.shape[-1]
+    shape = (*stack.shape[:axis], width, *stack.shape[axis + 1 :])
+    if axis == stack.ndim - 1:
+        return (flattened(stack, 1, axis) @ matrix).reshape(shape)
+    if axis == 1:
+        return (matrix.mT @ stack.flatten(2)).reshape(shape)
+    return mode_product(stack.movedim(axis, -1), matrix, stack.ndim - 2).movedim(-1, axis)
+
+
+def flattened(stack: Tensor, start: int, stop: int) -> Tensor:
+    """The axes from start to stop (exclusive) made one; an axis of width one is put in where there are none."""
+    return stack.flatten(start, stop - 1) if stop > start else stack.unsqueeze(start)
+
+
+def mode_rows(stack: Tensor, mode: int) -> Tensor:
+    """Each member as a matrix with one row for each index of the mode: [k, n, rest], a view where it can be one.
+
+    Example:
+        >>> import torch
+        >>> mode_rows(torch.arange(6.0).reshape(1, 2, 3), 1)
+        tensor([[[0., 3.],
+                 [1., 4.],
+                 [2., 5.]]])
+    """
+    axis = mode + 1
+    if axis == stack.ndim - 1:
+        return flattened(stack, 1, axis).mT
+    return flattened(stack.movedim(axis, 1), 2, stack.ndim)
+
+
+def outer(vectors: Sequence[Tensor], modes: Sequence[int], order: int) -> Tensor:
+    """The product of vectors [k, n_i], each along its mode of a stack of tensors; other modes have width one.
+
+    Example:
+        >>> import torch
+        >>> outer([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])], (0, 1), 2)
+        tensor([[[3.],
+                 [6.]]])
+    """
+    result = None
+    for vector, mode in zip(vectors, modes, strict=True):
+        factor = vector.reshape(len(vector), *(1,) * mode, -1, *(1,) * (order - mode - 1))
+        result = factor if result is None else result * factor
+    if result is None:
+        raise ValueError("outer needs at least one vector")
+    return result
+
+
+def along(order: Tensor, stack: Tensor, mode: int) -> Tensor:
+    """The members of a stack with the indices of one mode in another order [k, n].
+
+    Example:
+        >>> import torch
+        >>> along(torch.tensor([[1, 0]]), torch.tensor([[[1.0, 2.0]]]), 1)
+        tensor([[[2., 1.]]])
+    """
+    axis = mode + 1
+    index = order.reshape(len(order), *(1,) * mode, -1, *(1,) * (stack.ndim - axis - 1))
+    return stack.gather(axis, index.expand(stack.shape))
+
+
+def entrywise(numbers: Tensor, stack: Tensor) -> Tensor:
+    """Numbers [k] in a shape that broadcasts to the members of a stack [k, ...].
+
+    Example:
+        >>> import torch
+        >>> entrywise(torch.ones(2), torch.ones(2, 3, 4)).shape
+        torch.Size([2, 1, 1])
+    """
+    return numbers.reshape(-1, *(1,) * (stack.ndim - 1))

@@ -1,0 +1,163 @@
+"""Gradient transformations: pairs of pure functions that turn gradients into updates, and how they are strung together.
+
+The form is optax's. A transformation never changes what it is given; its state is a pytree that the caller holds. The
+sign belongs to the chain: `scale_by_learning_rate` multiplies by -lr, so that updates are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curvlib.errors import ArgumentError
+from curvlib.pytree import Domain, Tree, flatten, register, unflatten
+
+State = Any
+
+
+class Init(Protocol):
+    """Makes the state that belongs to parameters."""
+
+    def __call__(self, params: Tree, /) -> State: ...
+
+
+class Update(Protocol):
+    """Turns gradients into updates, and a state into the next one."""
+
+    def __call__(self, grads: Tree, state: State, params: Tree | None = None, /) -> tuple[Tree, State]: ...
+
+
+@dataclass(frozen=True)
+class GradientTransformation:
+    """A rule that turns gradients into updates.
+
+    Args:
+        init: params -> state.
+        update: (grads, state, params=None) -> (updates, state). Gradients and updates are pytrees like params. Only
+            some transformations need params; those that do say so when they miss them.
+
+    Example:
+        >>> from curvlib.pytree import scale
+        >>> halve = GradientTransformation(
+        ...     lambda params: Stateless(), lambda grads, state, params=None: (scale(0.5, grads), state)
+        ... )
+        >>> params = {"w": torch.ones(2)}
+        >>> updates, state = halve.update({"w": torch.tensor([2.0, 4.0])}, halve.init(params), params)
+        >>> updates
+        {'w': tensor([1., 2.])}
+    """
+
+    init: Init
+    update: Update
+
+
+@register
+class Stateless:
+    """The state of a transformation that remembers nothing.
+
+    Example:
+        >>> flatten(Stateless())[0]
+        []
+    """
+
+
+@register
+class ChainState:
+    """The states of the members of a `chain`, in order."""
+
+    states: tuple[State, ...]
+
+
+def stateless(update: Any) -> GradientTransformation:
+    """The transformation without a state that maps (grads, params) to updates.
+
+    Example:
+        >>> stateless(lambda grads, params: -grads).update(torch.ones(2), Stateless())[0]
+        tensor([-1., -1.])
+    """
+
+    def apply(grads: Tree, state: Stateless, params: Tree | None = None) -> tuple[Tree, Stateless]:
+        return update(grads, params), state
+
+    return GradientTransformation(lambda params: Stateless(), apply)
+
+
+def identity() -> GradientTransformation:
+    """Updates are the gradients.
+
+    Example:
+        >>> identity().update(torch.ones(2), Stateless())[0]
+        tensor([1., 1.])
+    """
+    return stateless(lambda grads, params: grads)
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """One transformation after the other, each fed with the updates of the one before.
+
+    Example:
+        >>> import curvlib.optim as optim
+        >>> sgd = chain(optim.heavy_ball(0.9), optim.scale_by_learning_rate(0.1))
+        >>> params = torch.tensor([1.0])
+        >>> updates, state = sgd.update(torch.tensor([2.0]), sgd.init(params))
+        >>> apply_updates(params, updates)
+        tensor([0.8000])
+    """
+
+    def init(params: Tree) -> ChainState:
+        return ChainState(tuple(transformation.init(params) for transformation in transformations))
+
+    def update(grads: Tree, state: ChainState, params: Tree | None = None) -> tuple[Tree, ChainState]:
+        if len(state.states) != len(transformations):
+            raise ArgumentError(
+                f"state is of a chain of {len(state.states)} transformations and this one has {len(transformations)}; "
+                "make it with this chain's init"
+            )
+        states = []
+        for transformation, old in zip(transformations, state.states, strict=True):
+            grads, new = transformation.update(grads, old, params)
+            states.append(new)
+        return grads, ChainState(tuple(states))
+
+    return GradientTransformation(init, update)
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Params + updates, in the dtypes of params; the sum itself is formed in the wider of the two dtypes.
+
+    Raises:
+        PytreeError, ShapeError: updates are not a pytree like params; the message names the leaf.
+
+    Example:
+        >>> apply_updates({"w": torch.ones(2, dtype=torch.bfloat16)}, {"w": torch.tensor([0.5, -1.0])})
+        {'w': tensor([1.5000, 0.0000], dtype=torch.bfloat16)}
+    """
+    leaves, structure = flatten(params)
+    steps = leaves_like(params, updates)
+    return unflatten(structure, [(p + u).to(p.dtype) for p, u in zip(leaves, steps, strict=True)])
+
+
+def leaves_like(params: Tree, tree: Tree) -> list[Any]:
+    """The leaves of a tree that has the structure and shapes of params.
+
+    Raises:
+        PytreeError, ShapeError: it does not; the message names the leaf.
+    """
+    expected, structure = flatten(params)
+    leaves, given = flatten(tree)
+    if given != structure or any(x.shape != p.shape for x, p in zip(leaves, expected, strict=True)):
+        return list(Domain.of(params).leaves(tree))  # words the error
+    return leaves
+
+
+def first_step() -> Tensor:
+    """The count of a fresh state: a 0-d int64 tensor on the CPU, where reading it waits for no device.
+
+    Example:
+        >>> first_step()
+        tensor(0)
+    """
+    return torch.zeros((), dtype=torch.int64, device="cpu")
