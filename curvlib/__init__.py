@@ -3,7 +3,7 @@
 Pure functions turn (model_fn, params, batch) into immutable curvature objects; everything else is algebra on them.
 """
 
-from curvlib import errors, optim, pytree, spectrum
+from curvlib import errors, influence, optim, pytree, spectrum
 from curvlib.capture import Plan, plan
 from curvlib.estimators import (
     Jacobian,
@@ -101,6 +101,7 @@ __all__ = [
     "ggn",
     "gramian",
     "hessian",
+    "influence",
     "jacobian",
     "kfac",
     "kl_shampoo",
