@@ -197,6 +197,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     model = network()
     with pytest.raises(cv.errors.ArgumentError, match="lr must not be negative"):
         SOAP(model.parameters(), lr=-1.0)
+    with pytest.raises(cv.errors.ArgumentError, match="no option 'momentum'"):
+        SOAP(model.parameters(), momentum=0.9)
     with pytest.raises(cv.errors.ArgumentError, match=r"betas\[0\]"):
         SOAP(model.parameters(), betas=(1.5, 0.9))
     optimizer = SOAP(model.parameters(), **OFTEN)

@@ -8,6 +8,7 @@ step; it is split when only some of its members get one.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -21,6 +22,31 @@ from curvlib.optim.transformation import GradientTransformation
 
 Group = dict[str, Any]
 ParamsArgument = Iterable[Any]
+
+OUTSIDE = ("params", "param_names", "lr", "initial_lr", "weight_decay")  # of a group, but not for its transformation
+
+
+def options_of(group: Group) -> Group:
+    """The options of a group that its transformation takes."""
+    return {name: value for name, value in group.items() if name not in OUTSIDE}
+
+
+def defaults_of(scale_by: Callable[..., GradientTransformation], given: Group) -> Group:
+    """All options of a transformation: those given, and the others' defaults.
+
+    Raises:
+        ArgumentError: there is no option of a name given.
+
+    Example:
+        >>> import curvlib.optim as optim
+        >>> defaults_of(optim.scale_by_adam, {"eps": 1e-6})
+        {'betas': (0.9, 0.999), 'eps': 1e-06, 'bias_correction': True}
+    """
+    defaults = {name: option.default for name, option in inspect.signature(scale_by).parameters.items()}
+    unknown = sorted(given.keys() - defaults.keys())
+    if unknown:
+        raise ArgumentError(f"there is no option {unknown[0]!r}; there are {', '.join(defaults)}")
+    return {**defaults, **given}
 
 
 @dataclasses.dataclass(frozen=True)

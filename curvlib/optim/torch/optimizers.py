@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -10,31 +10,22 @@ from curvlib.errors import ArgumentError
 from curvlib.optim.adam import scale_by_adam
 from curvlib.optim.dykaf import scale_by_dykaf
 from curvlib.optim.dykaf_factors import DyKAFFactors
-from curvlib.optim.factors import FactorRule, KLFactors, ShampooFactors
+from curvlib.optim.factors import KLFactors, ShampooFactors
 from curvlib.optim.grafting import graft
 from curvlib.optim.kl_shampoo import scale_by_kl_shampoo
 from curvlib.optim.momentum import heavy_ball
-from curvlib.optim.refresh import Adaptive, Every, Refresh, Warmup
-from curvlib.optim.second_moments import Transport
+from curvlib.optim.refresh import Adaptive, Every, Warmup
 from curvlib.optim.shampoo import scale_by_shampoo
 from curvlib.optim.soap import scale_by_soap
-from curvlib.optim.torch.adapter import Adapter, Group, ParamsArgument
+from curvlib.optim.torch.adapter import Adapter, Group, ParamsArgument, defaults_of, options_of
 from curvlib.optim.transformation import GradientTransformation, chain
-
-OUTSIDE = ("params", "param_names", "lr", "initial_lr", "weight_decay")  # what is not for the transformation
-
 
 # options that are values of curvlib's, which `torch.load` may read in a state dictionary
 torch.serialization.add_safe_globals([Adaptive, Every, Warmup, DyKAFFactors, KLFactors, ShampooFactors])
 
 
-def options(group: Group) -> Group:
-    """The options of a group that its transformation takes."""
-    return {name: value for name, value in group.items() if name not in OUTSIDE}
-
-
 class SOAP(Adapter):
-    """Adam in the eigenbasis of Shampoo's factors, `scale_by_soap`, as a `torch.optim.Optimizer`.
+    """Adam in the eigenbasis of Shampoo's factors, as a `torch.optim.Optimizer`.
 
     With ``transport="permute"`` it takes the same steps as the authors' implementation.
 
@@ -42,11 +33,10 @@ class SOAP(Adapter):
         params: parameters, named parameters, or groups with options of their own, as for every torch optimizer.
         lr: learning rate.
         weight_decay: rate of the decoupled decay, p <- (1 - lr * weight_decay) (p - lr * update).
-        betas, factor_beta, eps, bias_correction, normalize, max_dimension, one_sided, merge_dimensions, block_size,
-            start_step, refresh, transport, factors: see `curvlib.optim.scale_by_soap`.
+        **options: those of `curvlib.optim.scale_by_soap` (betas, eps, refresh, ...).
 
     Raises:
-        ArgumentError: an option is out of its range.
+        ArgumentError: an option is out of its range, or there is none of this name.
 
     Example:
         >>> import torch, curvlib as cv
@@ -58,49 +48,27 @@ class SOAP(Adapter):
         ...     optimizer.step()
     """
 
-    def __init__(
-        self,
-        params: ParamsArgument,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        factor_beta: float | None = None,
-        bias_correction: bool = True,
-        normalize: bool = False,
-        max_dimension: int = 10_000,
-        one_sided: bool = False,
-        merge_dimensions: int | Literal[False] = False,
-        block_size: int | None = None,
-        start_step: int = 0,
-        refresh: Refresh = Every(10),  # noqa: B008 (immutable)
-        transport: Transport = "hadamard",
-        factors: FactorRule = ShampooFactors(),  # noqa: B008 (immutable)
-    ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, given)
+    def __init__(self, params: ParamsArgument, lr: float = 3e-3, *, weight_decay: float = 0.01, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults_of(scale_by_soap, options)})
 
     def transformation(self, group: Group) -> GradientTransformation:
-        return scale_by_soap(**options(group))
+        return scale_by_soap(**options_of(group))
 
     def waits(self, group: Group) -> bool:
         return group["start_step"] == 0
 
 
 class DyKAF(Adapter):
-    """Adam in the eigenbasis of a tracked Kronecker product, `scale_by_dykaf`, as a `torch.optim.Optimizer`.
+    """Adam in the eigenbasis of a Kronecker product that tracks the Fisher matrix, as a `torch.optim.Optimizer`.
 
     Args:
-        params: as for `SOAP`.
+        params: as for `SOAP`, as are the next two.
         lr: learning rate.
-        weight_decay: as for `SOAP`.
-        betas, factor_beta, eps, bias_correction, normalize, max_dimension, one_sided, merge_dimensions, block_size,
-            start_step, refresh, transport, integrator, sweeps, start_from, second_moment: see
-            `curvlib.optim.scale_by_dykaf`.
+        weight_decay: rate of the decoupled decay.
+        **options: those of `curvlib.optim.scale_by_dykaf`.
 
     Raises:
-        ArgumentError: an option is out of its range.
+        ArgumentError: an option is out of its range, or there is none of this name.
 
     Example:
         >>> import torch
@@ -110,51 +78,27 @@ class DyKAF(Adapter):
         >>> optimizer.step()
     """
 
-    def __init__(
-        self,
-        params: ParamsArgument,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        factor_beta: float | None = None,
-        bias_correction: bool = True,
-        normalize: bool = False,
-        max_dimension: int = 10_000,
-        one_sided: bool = False,
-        merge_dimensions: int | Literal[False] = False,
-        block_size: int | None = None,
-        start_step: int = 0,
-        refresh: Refresh = Every(10),  # noqa: B008 (immutable)
-        transport: Transport = "hadamard",
-        integrator: Literal["ksl", "bug"] = "ksl",
-        sweeps: int = 1,
-        start_from: Literal["svd", "identity"] = "svd",
-        second_moment: Literal["full", "rank-1"] = "full",
-    ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, given)
+    def __init__(self, params: ParamsArgument, lr: float = 3e-3, *, weight_decay: float = 0.01, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults_of(scale_by_dykaf, options)})
 
     def transformation(self, group: Group) -> GradientTransformation:
-        return scale_by_dykaf(**options(group))
+        return scale_by_dykaf(**options_of(group))
 
     def waits(self, group: Group) -> bool:
         return group["start_step"] == 0
 
 
 class KLShampoo(Adapter):
-    """Whitening by the factors nearest in Kullback-Leibler divergence, `scale_by_kl_shampoo`, for torch.
+    """Whitening by the factors nearest in the Kullback-Leibler divergence, as a `torch.optim.Optimizer`.
 
     Args:
-        params: as for `SOAP`.
+        params: as for `SOAP`, as are the next two.
         lr: learning rate.
-        weight_decay: as for `SOAP`.
-        betas, eps, bias_correction, max_dimension, one_sided, merge_dimensions, block_size, start_step, refresh,
-            damping: see `curvlib.optim.scale_by_kl_shampoo`.
+        weight_decay: rate of the decoupled decay.
+        **options: those of `curvlib.optim.scale_by_kl_shampoo`.
 
     Raises:
-        ArgumentError: an option is out of its range.
+        ArgumentError: an option is out of its range, or there is none of this name.
 
     Example:
         >>> import torch
@@ -164,47 +108,29 @@ class KLShampoo(Adapter):
         >>> optimizer.step()
     """
 
-    def __init__(
-        self,
-        params: ParamsArgument,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        bias_correction: bool = True,
-        max_dimension: int = 10_000,
-        one_sided: bool = False,
-        merge_dimensions: int | Literal[False] = False,
-        block_size: int | None = None,
-        start_step: int = 0,
-        refresh: Refresh = Every(10),  # noqa: B008 (immutable)
-        damping: float = 1e-8,
-    ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, given)
+    def __init__(self, params: ParamsArgument, lr: float = 3e-3, *, weight_decay: float = 0.01, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults_of(scale_by_kl_shampoo, options)})
 
     def transformation(self, group: Group) -> GradientTransformation:
-        return scale_by_kl_shampoo(**options(group))
+        return scale_by_kl_shampoo(**options_of(group))
 
     def waits(self, group: Group) -> bool:
         return group["start_step"] == 0
 
 
 class Shampoo(Adapter):
-    """Inverse roots of Kronecker factors with grafting and momentum, as `curvlib.optim.shampoo`, for torch.
+    """Inverse roots of Kronecker factors with grafting and momentum, as a `torch.optim.Optimizer`.
 
     Args:
         params: as for `SOAP`.
         lr: learning rate.
-        weight_decay: as for `SOAP`.
+        weight_decay: rate of the decoupled decay, as for `SOAP`.
         momentum: decay of the moving average of updates.
         grafting: "adam": each parameter's update has the norm of Adam's without a first moment; "none": its own.
-        factor_beta, eps, bias_correction, exponent, method, max_dimension, one_sided, merge_dimensions, block_size,
-            start_step, refresh: see `curvlib.optim.scale_by_shampoo`.
+        **options: those of `curvlib.optim.scale_by_shampoo`.
 
     Raises:
-        ArgumentError: an option is out of its range.
+        ArgumentError: an option is out of its range, or there is none of this name.
 
     Example:
         >>> import torch
@@ -218,31 +144,21 @@ class Shampoo(Adapter):
         self,
         params: ParamsArgument,
         lr: float = 3e-3,
-        momentum: float = 0.9,
-        factor_beta: float | None = 0.95,
-        weight_decay: float = 0.01,
         *,
-        eps: float = 1e-12,
-        grafting: Literal["adam", "none"] = "adam",
-        bias_correction: bool = True,
-        exponent: float | None = None,
-        method: Literal["eigh", "coupled-newton", "newton-schulz"] = "eigh",
-        max_dimension: int = 10_000,
-        one_sided: bool = False,
-        merge_dimensions: int | Literal[False] = False,
-        block_size: int | None = None,
-        start_step: int = 0,
-        refresh: Refresh = Every(10),  # noqa: B008 (immutable)
+        weight_decay: float = 0.01,
+        momentum: float = 0.9,
+        grafting: str = "adam",
+        **options: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, given)
+        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "grafting": grafting}
+        super().__init__(params, {**own, **defaults_of(scale_by_shampoo, options)})
 
     def transformation(self, group: Group) -> GradientTransformation:
-        given = options(group)
-        momentum, grafting = given.pop("momentum"), given.pop("grafting")
+        options = options_of(group)
+        momentum, grafting = options.pop("momentum"), options.pop("grafting")
         if grafting not in ("adam", "none"):
             raise ArgumentError(f"grafting must be 'adam' or 'none', got {grafting!r}")
-        preconditioner = scale_by_shampoo(**given)
+        preconditioner = scale_by_shampoo(**options)
         if grafting == "adam":
             preconditioner = graft(preconditioner, scale_by_adam(betas=(0.0, 0.95)))
         return chain(preconditioner, heavy_ball(momentum, dampening=momentum))
