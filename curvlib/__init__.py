@@ -53,6 +53,7 @@ from curvlib.operators import (
     sketch,
     truncation_report,
 )
+from curvlib.optim import apply_updates
 from curvlib.pytree import ravel, unravel
 from curvlib.spectrum import low_rank
 
@@ -89,6 +90,7 @@ __all__ = [
     "WideDiagonal",
     "WideIdentity",
     "WideLowRank",
+    "apply_updates",
     "block_diagonal",
     "diagonal",
     "dykaf",

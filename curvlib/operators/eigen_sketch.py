@@ -18,7 +18,7 @@ from curvlib.operators.base import Operator
 from curvlib.operators.bases import Basis
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.matrices import Matrix
-from curvlib.operators.sketch import Compressor, Sides
+from curvlib.operators.sketch import Compressor, Ranks, Sides, check_ranks, rank_of
 from curvlib.pytree import Domain
 
 Which = Literal["smallest", "largest"]
@@ -42,7 +42,7 @@ class EigenSketch(Compressor):
     its k vectors to be chosen from, its rest is left out unless it is kept whole.
 
     Args:
-        rank: p, directions a side.
+        rank: p, directions a side, for all blocks or {block: p}.
         which: ``smallest`` eigenvalues of what is projected, an inverse root; ``largest`` for the curvature or a root
             of it, with sums of w_ij^2.
 
@@ -57,12 +57,11 @@ class EigenSketch(Compressor):
         tensor([[0.4167]])
     """
 
-    rank: int = 64
+    rank: Ranks = 64
     which: Which = "smallest"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ArgumentError(f"rank must be at least 1, got {self.rank}")
+        check_ranks(self.rank)
         if self.which not in get_args(Which):
             raise ArgumentError(f"which must be one of {', '.join(get_args(Which))}, got {self.which!r}")
 
@@ -70,13 +69,14 @@ class EigenSketch(Compressor):
         """It fits operators on any parameters."""
 
     def fold(self, block: Operator, name: str) -> Sides:
+        rank = rank_of(self.rank, name)
         match block:
             case Kronecker():
-                return self.side(block.left), self.side(block.right)
+                return self.side(block.left, rank), self.side(block.right, rank)
             case EigenKronecker():
-                return self.eigen_kronecker(block)
+                return self.eigen_kronecker(block, rank)
             case Matrix():
-                return (self.matrix(block),)
+                return (self.matrix(block, rank),)
         raise NotKroneckerError(
             f"a {type(block).__name__} has no eigenbasis a side to take the leading directions of: project Kronecker "
             "products, also damped or eigenvalue-corrected ones; of a tied weight, that of tied='merge'"
@@ -86,42 +86,42 @@ class EigenSketch(Compressor):
         """The places of eigenvalues [*, r], the leading ones first."""
         return values.argsort(dim=-1, descending=self.which == "largest", stable=True)
 
-    def chosen(self, basis: Basis, values: Tensor) -> Tensor:
+    def chosen(self, basis: Basis, values: Tensor, rank: int) -> Tensor:
         """The numbers [*, p] of coordinates to keep, of r eigenvalues [*, r] or what ranks them."""
         coordinates = basis.spread(values).shape[-1]
         if coordinates == basis.width:
-            return self.order(values)[..., : self.rank]
-        if self.rank < basis.width:  # the last value is that of the rest, which has no vectors
-            return self.order(values[..., :-1])[..., : self.rank]
+            return self.order(values)[..., :rank]
+        if rank < basis.width:  # the last value is that of the rest, which has no vectors
+            return self.order(values[..., :-1])[..., :rank]
         return torch.arange(coordinates, device=values.device).expand(*values.shape[:-1], coordinates)
 
-    def side(self, side: Matrix) -> Tensor:
+    def side(self, side: Matrix, rank: int) -> Tensor:
         """One side of a Kronecker product: eigenvectors times their eigenvalues, [*, p, d]."""
         eigen = side.eigen()
-        index = self.chosen(eigen.basis, eigen.values)
+        index = self.chosen(eigen.basis, eigen.values, rank)
         spread = eigen.basis.spread(eigen.values)
         return spread.gather(-1, index).unsqueeze(-1) * vectors(eigen.basis, index, spread)
 
-    def eigen_kronecker(self, block: EigenKronecker) -> Sides:
+    def eigen_kronecker(self, block: EigenKronecker, rank: int) -> Sides:
         """(left [*, p, m], right [*, q, n], weights [*, p, q]) of a block whose eigenvalues need not factor."""
         squares = block.values.square()
         shares = squares if self.which == "largest" else -squares.reciprocal()
-        left = self.chosen(block.left, block.right.total(shares))
-        right = self.chosen(block.right, block.left.total(shares.mT))
+        left = self.chosen(block.left, block.right.total(shares), rank)
+        right = self.chosen(block.right, block.left.total(shares.mT), rank)
         spread = block.spread(block.values)
         weights = spread.take_along_dim(left.unsqueeze(-1), -2).take_along_dim(right.unsqueeze(-2), -1)
         return vectors(block.left, left, spread.mT), vectors(block.right, right, spread), weights
 
-    def matrix(self, block: Matrix) -> Tensor:
+    def matrix(self, block: Matrix, rank: int) -> Tensor:
         """A block without sides: eigenvectors times their eigenvalues, [p, *shape]."""
         eigen = block.eigen()
         basis, values = eigen.basis, eigen.values
         spread = basis.spread(values)
-        if self.rank >= block.size:
+        if rank >= block.size:
             index = torch.arange(spread.numel(), device=values.device)
         else:
             named = values if spread.shape[-1] == basis.width else values[..., :-1]
-            index = self.order(named.flatten())[: self.rank]
+            index = self.order(named.flatten())[:rank]
             index = index // named.shape[-1] * spread.shape[-1] + index % named.shape[-1]
         weights = torch.zeros(len(index), spread.numel(), dtype=values.dtype, device=values.device)
         weights = weights.scatter(-1, index.unsqueeze(-1), spread.flatten()[index].unsqueeze(-1))

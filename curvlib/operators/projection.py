@@ -58,6 +58,11 @@ class Projection:
         leaves = self.domain.leaves(v)
         return {name: projected(self.sides[name], layout.gather(leaves), 0) for name, layout in self.layouts}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every block's projection of one vector."""
+        return {name: projected_shape(self.sides[name], layout) for name, layout in self.layouts}
+
     def per_example(
         self, model_fn: Callable[[Any, Any], Any], params: Tree, batch: Any, *, loss: Loss | None = None
     ) -> dict[str, Tensor]:
@@ -120,6 +125,15 @@ class Projection:
 def sequences(layout: Layout) -> tuple[object, ...]:
     """Equal for layouts that gather the same tensor."""
     return tuple(piece.sequence for piece in layout.pieces)
+
+
+def projected_shape(sides: Sides, layout: Layout) -> tuple[int, ...]:
+    """The shape of the projection of one of a block's vectors."""
+    if len(sides) == 1:
+        return (sides[0].shape[0],)
+    left, right, *_ = sides
+    front = torch.broadcast_shapes(layout.shape[:-2], left.shape[:-2], right.shape[:-2])
+    return (*front, left.shape[-2], right.shape[-2])
 
 
 def projected(sides: Sides, vectors: Tensor, leading: int) -> Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +24,42 @@ from curvlib.pytree import Domain, Tree
 KINDS = ("rademacher", "normal", "orthogonal")
 
 Sides = tuple[Tensor, ...]
+Ranks = int | Mapping[str, int]  # p, for all blocks or by block
+
+
+def check_ranks(ranks: Ranks) -> None:
+    """Raises ArgumentError if a rank is below 1."""
+    for rank in ranks.values() if isinstance(ranks, Mapping) else (ranks,):
+        if rank < 1:
+            raise ArgumentError(f"rank must be at least 1, got {rank}")
+
+
+def rank_of(ranks: Ranks, block: str) -> int:
+    """The rank of a block.
+
+    Raises:
+        ArgumentError: ranks are given by block, but not for this one.
+    """
+    if not isinstance(ranks, Mapping):
+        return ranks
+    if block not in ranks:
+        raise ArgumentError(f"rank has no entry for block {block!r}, only for {', '.join(ranks)}; give every block one")
+    return ranks[block]
+
+
+def sketch_shape(block: Operator, rank: int) -> tuple[int, ...]:
+    """The shape of the sketch of a block's vector; a side of width <= rank is kept whole.
+
+    Raises:
+        NotKroneckerError: the block has no sides.
+    """
+    match block:
+        case Kronecker() | EigenKronecker():
+            *front, m, n = block.shape
+            return (*front, min(rank, m), min(rank, n))
+        case Matrix():
+            return (min(rank, block.size),)
+    raise NotKroneckerError(f"a {type(block).__name__} has no sides to be sketched; of a tied weight, use tied='merge'")
 
 
 class Compressor(ABC):
@@ -49,7 +86,7 @@ class Compressor(ABC):
 class Sketch(Compressor):
     """A description of random matrices; they are made when an operator is projected. See `sketch`."""
 
-    rank: int
+    rank: Ranks
     kind: str
     seed: int
     domain: Domain
@@ -81,27 +118,28 @@ class Sketch(Compressor):
 
     def matrix(self, block: str, side: str, width: int, like: Tensor) -> Tensor:
         """R [p, width] for one side of a block, p = min(rank, width); R = I where p = width."""
-        if self.rank >= width:
+        rank = rank_of(self.rank, block)
+        if rank >= width:
             return torch.eye(width, dtype=like.dtype, device=like.device)
         key = int.from_bytes(hashlib.sha256(f"{self.seed}/{block}/{side}".encode()).digest()[:8], "big", signed=True)
         if self.kind == "rademacher":
-            rows = 1.0 - 2.0 * (bits(key, self.rank, width) >> 63 & 1).double()
-            scale = 1 / math.sqrt(self.rank)
+            rows = 1.0 - 2.0 * (bits(key, rank, width) >> 63 & 1).double()
+            scale = 1 / math.sqrt(rank)
         else:
-            rows = normal(key, self.rank, width)
-            scale = 1 / math.sqrt(self.rank)
+            rows = normal(key, rank, width)
+            scale = 1 / math.sqrt(rank)
             if self.kind == "orthogonal":
                 q, r = torch.linalg.qr(rows.mT)
-                rows, scale = (q * r.diagonal().sign()).mT, math.sqrt(width / self.rank)
+                rows, scale = (q * r.diagonal().sign()).mT, math.sqrt(width / rank)
         return (scale * rows).to(dtype=like.dtype, device=like.device)
 
 
-def sketch(params: Tree, *, rank: int = 64, kind: str = "rademacher", seed: int = 0) -> Sketch:
+def sketch(params: Tree, *, rank: Ranks = 64, kind: str = "rademacher", seed: int = 0) -> Sketch:
     """Random matrices R with E[R^T R] = I, for every side of every block of a curvature on ``params``.
 
     Args:
         params: pytree of tensors that the curvature acts on.
-        rank: rows a side; a side that is not wider is kept as it is (R = I).
+        rank: rows a side, for all blocks or {block: rows}; a side that is not wider is kept as it is (R = I).
         kind: "rademacher" (entries +-1 / sqrt(p)), "normal" (N(0, 1/p)), or "orthogonal" (orthonormal rows times
             sqrt(d / p), which approximates best).
         seed: equal seeds give equal matrices on every device.
@@ -122,9 +160,8 @@ def sketch(params: Tree, *, rank: int = 64, kind: str = "rademacher", seed: int 
     """
     if kind not in KINDS:
         raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if rank < 1:
-        raise ArgumentError(f"rank must be at least 1, got {rank}")
-    return Sketch(rank, kind, seed, Domain.of(params))
+    check_ranks(rank)
+    return Sketch(dict(rank) if isinstance(rank, Mapping) else rank, kind, seed, Domain.of(params))
 
 
 def bits(key: int, rows: int, columns: int, stream: int = 0) -> Tensor:

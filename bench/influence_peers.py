@@ -1,0 +1,139 @@
+"""kronfluence 1.0.1 and dattri 0.3.0 as functions from a model and data to influence scores.
+
+    pip install --no-deps kronfluence==1.0.1 dattri==0.3.0 accelerate einops einconv opt-einsum
+
+Without --no-deps, kronfluence brings in torchvision, which can replace torch, and of which it needs nothing here. Both
+wheels also put directories named tests, test, examples, docs and experiments into site-packages, where they hide this
+repository's: delete them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Kronfluence:
+    """EKFAC influence by kronfluence; its files go to a temporary folder, its model is a copy.
+
+    Args:
+        module: its linear and convolution layers are attributed.
+        train: (inputs, targets); the loss is the cross-entropy of the last axis, summed over positions.
+        empirical: gradients of targets in place of drawn ones.
+        batch_size: of examples.
+    """
+
+    def __init__(self, module: nn.Module, train: Batch, *, empirical: bool, batch_size: int = 500) -> None:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments
+        from kronfluence.task import Task
+
+        class Terms(Task):
+            def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
+                outputs = model(batch[0]).flatten(0, -2)
+                targets = batch[1].flatten()
+                if sample:
+                    targets = torch.multinomial(outputs.detach().softmax(-1), 1).flatten()
+                return F.cross_entropy(outputs, targets, reduction="sum")
+
+            def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
+                return self.compute_train_loss(batch, model)
+
+        warnings.filterwarnings("ignore", message=".*GradScaler")
+        self.folder = tempfile.TemporaryDirectory()
+        self.train, self.batch_size = TensorDataset(*train), batch_size
+        self.arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=empirical)
+        model = prepare_model(copy.deepcopy(module), Terms())
+        self.analyzer: Any = Analyzer(
+            "bench", model, Terms(), cpu=True, disable_tqdm=True, output_dir=self.folder.name, log_level=logging.ERROR
+        )
+
+    def fit(self) -> None:
+        """Factors, eigenbases and eigenvalues."""
+        self.analyzer.fit_all_factors(
+            "factors",
+            self.train,
+            per_device_batch_size=self.batch_size,
+            factor_args=self.arguments,
+            overwrite_output_dir=True,
+        )
+
+    def scores(self, queries: Batch, damping: float | None = None, query_batch: int = 100) -> Tensor:
+        """Scores [Q, N]; no damping means a tenth of each layer's mean eigenvalue."""
+        from kronfluence.arguments import ScoreArguments
+
+        self.analyzer.compute_pairwise_scores(
+            "scores",
+            "factors",
+            TensorDataset(*queries),
+            self.train,
+            query_batch,
+            self.batch_size,
+            score_args=ScoreArguments(damping_factor=damping),
+            overwrite_output_dir=True,
+        )
+        return self.analyzer.load_pairwise_scores("scores")["all_modules"]
+
+
+def dattri_task(module: nn.Module, *, margin: bool) -> Any:
+    """The cross-entropy, or TRAK's margin log p / (1 - p), as dattri wants them."""
+    from dattri.task import AttributionTask
+
+    def loss(params: Any, data: Batch) -> Tensor:
+        inputs, targets = data if data[0].ndim > 1 else (part.unsqueeze(0) for part in data)
+        outputs = torch.func.functional_call(module, params, inputs)
+        value = F.cross_entropy(outputs, targets)
+        return -value - torch.log1p(-torch.exp(-value).clamp(max=1 - 1e-6)) if margin else value
+
+    return AttributionTask(loss_func=loss, model=module, checkpoints=module.state_dict())
+
+
+def loader(batch: Batch, batch_size: int) -> DataLoader[Any]:
+    """Batches in the order of the data."""
+    return DataLoader(TensorDataset(*batch), batch_size, shuffle=False)
+
+
+def dattri_trak(module: nn.Module, train: Batch, queries: Batch, dimensions: int) -> Tensor:
+    """TRAK's scores [Q, N] of one checkpoint: how much training examples raise the margin."""
+    from dattri.algorithm.trak import TRAKAttributor
+
+    module = copy.deepcopy(module)
+
+    def probability(params: Any, data: Batch) -> Tensor:
+        outputs = torch.func.functional_call(module, params, data[0].unsqueeze(0))
+        return torch.exp(-F.cross_entropy(outputs, data[1].unsqueeze(0)))
+
+    attributor = TRAKAttributor(
+        dattri_task(module, margin=True), probability, {"proj_dim": dimensions, "proj_max_batch_size": 32}
+    )
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        attributor.cache(loader(train, 250))
+        return attributor.attribute(loader(queries, 250)).mT
+
+
+def dattri_ekfac(module: nn.Module, train: Batch, queries: Batch, damping: float) -> Tensor:
+    """EKFAC influence [Q, N] with the empirical Fisher as dattri has it.
+
+    It has one damping for all layers: here so many times the mean of all its eigenvalues. Its eigenvectors are
+    transposed, and the bias is scrambled where a flat gradient is cut into layers.
+    """
+    from dattri.algorithm.influence_function import IFAttributorEKFAC
+
+    attributor = IFAttributorEKFAC(dattri_task(copy.deepcopy(module), margin=False))
+    with contextlib.redirect_stderr(io.StringIO()):
+        attributor.cache(loader(train, 250))
+        values = torch.cat([found.flatten() for found in attributor.cached_lambdas.values()])
+        attributor.damping = damping * float(values.mean())
+        return attributor.attribute(loader(train, 250), loader(queries, 250)).mT.detach()

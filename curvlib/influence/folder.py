@@ -1,0 +1,106 @@
+"""The folder of an index: whose it is, what is there already, and whether the rest fits."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from curvlib.capture.engines import examples_in
+from curvlib.errors import ArgumentError, FormatError
+from curvlib.estimators.data import Batch, DataSet
+from curvlib.influence import shards
+from curvlib.influence.manifest import PROJECTION, Manifest, Recipe, Shard
+
+LEFT = ".*tmp*"  # what a process leaves that is killed while it writes a file
+REPLACE = "give another path, or overwrite=True to replace what is there"
+
+
+def prepare(folder: Path, recipe: Recipe, overwrite: bool) -> Manifest:
+    """The manifest of the folder, or one of an index that has just been begun.
+
+    Raises:
+        FormatError: the folder holds something else.
+        ArgumentError: it holds an index that is made in another way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    former = Manifest.read(folder)
+    if former is None:
+        foreign = sorted({x.name for x in folder.iterdir()} - {x.name for x in folder.glob(LEFT)})
+        if foreign:
+            raise FormatError(
+                f"{folder} holds no index, but {', '.join(foreign[:3])}; give the path of a new or empty folder"
+            )
+    elif former.recipe == recipe:
+        return former
+    elif not overwrite:
+        raise ArgumentError(
+            f"{folder} holds an index that differs in {', '.join(former.recipe.differences(recipe))}; {REPLACE}; "
+            f"its own projection can be had by cv.load({str(folder / PROJECTION)!r})"
+        )
+    begun = Manifest(recipe, (), finished=False)
+    begun.write(folder)
+    forget(folder, ())
+    return begun
+
+
+def shards_present(folder: Path, former: Manifest, append: bool) -> dict[int, Shard]:
+    """The shards that need not be computed, by number: what a finished index lists, and others that are complete.
+
+    Raises:
+        FormatError: a file is damaged; names it.
+    """
+    listed = {shard.file: shard for shard in former.shards}
+    found: dict[int, Shard] = {}
+    for file in sorted(x.name for x in folder.iterdir()):
+        place = shards.numbers(file)
+        if place is None:
+            continue
+        shard = None
+        if file in listed:
+            shard = listed[file]
+            shards.check_size(folder, shard, former.recipe)
+        elif place[1] == former.recipe.shard_size and (append or not former.finished):
+            shard = shards.read(folder, file, former.recipe)
+        if shard is not None and (place[0] not in found or shard.examples > found[place[0]].examples):
+            found[place[0]] = shard
+    return found
+
+
+def forget(folder: Path, kept: Iterable[Shard]) -> None:
+    """Deletes the files of rows that are not among these."""
+    names = {shard.file for shard in kept}
+    for file in sorted(x.name for x in folder.iterdir()):
+        if shards.numbers(file) is not None and file not in names:
+            (folder / file).unlink()
+
+
+def number_of(data: Batch | DataSet) -> int | None:
+    """How many examples there are, to less than a batch; None if only reading them would tell."""
+    if not isinstance(data, DataSet):
+        return examples_in(data[0])
+    match data.loader:
+        case list() | tuple() as batches:
+            return sum(examples_in(inputs) for inputs, _ in batches)
+        case DataLoader(batch_size=int(size)) as loader if not isinstance(loader.dataset, IterableDataset):
+            return len(loader) * size
+    return None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses to begin what does not fit.
+
+    Raises:
+        OSError: the disk has less space; gives both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the index needs {needed} bytes more and the disk has {free}; take a smaller sketch (see sketch_ranks), "
+            "dtype=torch.bfloat16 or another disk",
+            str(folder),
+        )

@@ -1,0 +1,69 @@
+"""The rows of an index: all blocks' sketches of an example's gradient side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from curvlib.capture import Plan
+from curvlib.capture import plan as make_plan
+from curvlib.capture.engines import ModelFn
+from curvlib.errors import NonFiniteError
+from curvlib.estimators.per_example import example_gradients
+from curvlib.estimators.statistics import shapes
+from curvlib.influence.examples import Examples
+from curvlib.influence.manifest import block_rows
+from curvlib.losses import Loss
+from curvlib.operators import Projection
+from curvlib.pytree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Makes the rows of examples: their blocks' sketches side by side.
+
+    Args:
+        projection: sketches gradients.
+        model_fn: pure function (params, inputs) -> outputs.
+        params: pytree of tensors.
+        loss: the objective.
+        dtype: of the rows.
+        plans: of the model, by the shapes of inputs; filled on the way.
+    """
+
+    projection: Projection
+    model_fn: ModelFn
+    params: Tree
+    loss: Loss
+    dtype: torch.dtype
+    plans: dict[object, Plan]
+
+    def of(self, examples: Examples, start: int) -> Tensor:
+        """The rows [n, width], on the CPU; ``start`` is the number of the first example.
+
+        Raises:
+            NonFiniteError: a number is infinite or not a number in the dtype of the rows; names block and example.
+        """
+        inputs, targets = examples.batch
+        key = shapes(inputs)
+        plan = self.plans.get(key) or make_plan(self.model_fn, self.params, inputs)
+        if plan.static:
+            self.plans[key] = plan
+        gradients = example_gradients(self.model_fn, self.params, (inputs, targets), loss=self.loss, plan=plan)
+        sketches = self.projection.of_examples(gradients)
+        names = [name for name, _ in self.projection.layouts]
+        rows = torch.cat([sketches[name].detach().flatten(1) for name in names], 1).to("cpu", self.dtype)
+        if not rows.isfinite().all():
+            self.refuse(rows, start)
+        return rows
+
+    def refuse(self, rows: Tensor, start: int) -> None:
+        """Raises NonFiniteError for the first row that is not finite."""
+        example, place = (~rows.isfinite()).nonzero()[0].tolist()
+        block = next(block for block in block_rows(self.projection) if block.part.stop > place)
+        raise NonFiniteError(
+            f"block {block.name!r}: the sketch of example {start + example} is not finite in {self.dtype}; look at the "
+            "example and the damping, or store rows in another dtype"
+        )
