@@ -1,7 +1,8 @@
 """Which training images a prediction is due to, and which labels are wrong: influence functions of a small network.
 
 First part. The influence of a training image t on a test image q is g_q^T (C + d)^-1 g_t: g are gradients of single
-losses, C is EKFAC on the training set. Where it is positive, training on t has lowered the loss of q. An index keeps a
+losses, C is EKFAC on the training set. Where it is positive, training on t has lowered the loss of q; shown is the
+score over the number of training images: to first order, what the loss of q rises by if t is left out. An index keeps a
 short sketch of every training gradient on disk; it proposes images, and exact scores rank them.
 
 Second part. A tenth of the labels is changed and the network trained on them. Self-influence g_t^T (C + d)^-1 g_t is
@@ -174,9 +175,11 @@ def explain(images: Images, epochs: int, folder: Path) -> Due:
         )
         for measured in (cv.CrossEntropy(), cv.CustomLoss(log_likelihood))
     ]  # fmt: skip
-    helpful, (gains, harmful) = rankings
     show_index(index, images, module, index.scores(queries, model_fn, params), inverse, queries, rankings)
-    return Due(queries, probabilities, predictions, helpful, (-gains, harmful))
+    helpful, harmful = (
+        (sign * scores / len(index), numbers) for sign, (scores, numbers) in zip((1, -1), rankings, strict=True)
+    )
+    return Due(queries, probabilities, predictions, helpful, harmful)
 
 
 def log_likelihood(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -289,7 +292,7 @@ def draw_due(figure: SubFigure, images: Images, due: Due) -> None:
             for column in range(SHOWN):
                 ax = figure.add_subplot(grid[row, first + column])
                 number = int(numbers[row, column])
-                title = f"{images.names[int(labels[number])]}\n{float(scores[row, column]):+,.0f}"
+                title = f"{images.names[int(labels[number])]}\n{float(scores[row, column]):+.2f}"
                 draw_image(ax, inputs[number], title, color)
                 if column == row == 0:
                     name_group(ax, name, color)

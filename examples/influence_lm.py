@@ -1,9 +1,10 @@
 """Which passages taught a small GPT a line that it wrote.
 
-A character-level GPT learns some thousand passages of Shakespeare and writes a line. The influence of a passage on the
-line is g_q^T (C + d)^-1 g_t: g_t is the gradient of the passage's loss, summed over its characters, and g_q that of the
-line's own characters, without the prompt's; C is EKFAC on all passages. Where it is positive, learning the passage has
-made the line more likely.
+A character-level GPT learns some thousand short passages of Shakespeare and writes a line. The influence of a passage
+on the line is g_q^T (C + d)^-1 g_t: g_t is the gradient of the passage's loss, summed over its characters, and g_q that
+of the line's own characters, without the prompt's; C is EKFAC on all passages. Where it is positive, learning the
+passage has made the line more likely. Shown is the score over the number of characters learned: to first order, what
+the line's loss rises by, in nats, if the passage is left out.
 
 An index of sketched gradients on disk proposes passages, and exact scores rank them. Scores are then split over the
 characters of a passage: each character's share is what enters the layers at its position, on its way to predicting what
@@ -59,7 +60,10 @@ class Found(NamedTuple):
 
 
 def passages(text: Text, count: int) -> Batch:
-    """Passages [N, T] from all over the text, each from the start of a line on, and the character after each of theirs."""
+    """Passages [N, T] from all over the text, each from the start of a line on, and the character after each of theirs.
+
+    There may be fewer than asked for.
+    """
     starts = (text.train[:-1] == text.characters.index("\n")).nonzero()[:, 0] + 1
     starts = starts[text.train[starts] != text.characters.index("\n")]
     starts = starts[starts < len(text.train) - LENGTH]
@@ -141,7 +145,8 @@ def attribute(model: GPT, known: Batch, query: Batch, folder: Path) -> tuple[Fou
             index, SHOWN, inverse, model_fn, params, query, fetch, recall=0.02, measurement=measured
         )
         shares = cv.influence.scores(inverse, model_fn, params, query, fetch(numbers[0]), per_token=True)
-        found.append(Found(numbers[0], sign * scores[0], shares[0]))
+        assert isinstance(shares, Tensor)
+        found.append(Found(numbers[0], sign * scores[0] / known[1].numel(), shares[0] / known[1].numel()))
     return found[0], found[1]
 
 
@@ -160,7 +165,7 @@ def show(text: Text, known: Batch, query: Batch, found: tuple[Found, Found], pro
         print(name)
         for number, score, shares in zip(part.numbers, part.scores, part.shares, strict=True):
             top = shares.abs().topk(math.ceil(LENGTH / 10))[1].tolist()
-            print(f"{float(score):>+9,.0f} {visible(text, known[0][number])}")
+            print(f"{float(score):>+9.2f} {visible(text, known[0][number])}")
             print(f"{'':>10}{''.join('^' if place in top else ' ' for place in range(LENGTH))}".rstrip())
 
 
@@ -193,7 +198,7 @@ def draw(figure: Figure, text: Text, known: Batch, query: Batch, found: tuple[Fo
             # the square root shows small shares, too
             strengths = [(HELPFUL if share > 0 else HARMFUL, (abs(share) / top) ** 0.5) for share in shares.tolist()]
             colors = [to_rgba(hue, 0.9 * strength) for hue, strength in strengths]
-            draw_passage(axes, y, f"{float(score):+,.0f}", visible(text, known[0][number]), colors)
+            draw_passage(axes, y, f"{float(score):+.2f}", visible(text, known[0][number]), colors)
         y += 1.3
 
 
@@ -202,8 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("influence_lm.png"), help="where the figure goes")
     parser.add_argument("--index", type=Path, help="a folder to keep the index in (default: it is not kept)")
-    parser.add_argument("--passages", type=int, default=3000, help="that are learned (default: 3000)")
-    parser.add_argument("--steps", type=int, default=600, help="of the optimizer (default: 600)")
+    parser.add_argument("--passages", type=int, default=4000, help="that are learned (default: 4000)")
+    parser.add_argument("--steps", type=int, default=1200, help="of the optimizer (default: 1200)")
     parser.add_argument("--prompt", default="\nMy lord, ", help="what the line begins with (default: My lord)")
     arguments = parser.parse_args()
 
