@@ -1,10 +1,10 @@
 """Which passages taught a small GPT a line that it wrote.
 
-A character-level GPT learns some thousand short passages of Shakespeare and writes a line. The influence of a passage
-on the line is g_q^T (C + d)^-1 g_t: g_t is the gradient of the passage's loss, summed over its characters, and g_q that
-of the line's own characters, without the prompt's; C is EKFAC on all passages. Where it is positive, learning the
-passage has made the line more likely. Shown is the score over the number of characters learned: to first order, what
-the line's loss rises by, in nats, if the passage is left out.
+A character-level GPT learns some thousand passages of Shakespeare and writes a line. The influence of a passage on
+the line is g_q^T (C + d)^-1 g_t: g_t is the gradient of the passage's loss, summed over its characters, and g_q that of
+the line's own characters, without the prompt's; C is EKFAC on all passages. Where it is positive, learning the passage
+has made the line more likely. Shown is the score over the number of characters learned: to first order, what the line's
+loss rises by, in nats, if the passage is left out.
 
 An index of sketched gradients on disk proposes passages, and exact scores rank them. Scores are then split over the
 characters of a passage: each character's share is what enters the layers at its position, on its way to predicting what
