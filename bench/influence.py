@@ -4,10 +4,11 @@ For each seed a network is trained, and many more from other initial weights on 
 once. LDS is Spearman's correlation, over the halves, of minus the sum of a half's scores and the loss of a query after
 training on it, averaged over queries. The third column is Spearman's correlation over training examples with the scores
 that a sketch, or another library, stands for. TRAK's margin is a decreasing function of the loss: ranks tell the same.
+With --text, the network is a small GPT, and examples are passages of Shakespeare.
 
 Everything is run on one thread, and seconds are those of the processor: for curvature and scores together.
 
-    python bench/influence.py [--data ROOT] [--seeds 3] [--subsets 100] [--queries 200] [--no-peers] [--iterations]
+    python bench/influence.py [--data ROOT | --text] [--seeds 3] [--subsets 100] [--queries 200] [--no-peers]
                                [--json FILE]
 
 ROOT is where the Debian package dataset-fashion-mnist was unpacked ("/" if it is installed); without it: digits. How to
@@ -21,6 +22,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,8 @@ from typing import Any, NamedTuple
 
 import influence_peers as peers
 import torch
-from influence_data import Batch, Data, Training, accuracy, load, query_losses
+from influence_data import Data, Training, accuracy, load, passages, query_losses
+from models import Batch
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -36,7 +39,8 @@ from curvlib.influence import evaluate
 from curvlib.influence.ranks import spearman
 
 DAMPING = 0.1
-RANKS = (16, 32, 64)
+RANKS = {"images": (16, 32, 64), "text": (16, 32, 64, 128)}
+TRAINING = {"images": Training(), "text": Training(30, 32, 3e-3, 0.1, adam=True)}
 
 
 class Problem(NamedTuple):
@@ -59,8 +63,18 @@ class Problem(NamedTuple):
 Estimate = Callable[..., Any]
 Method = Callable[[Problem], Tensor]
 
-kfac: Estimate = partial(cv.kfac, fisher="type-2")
-ekfac: Estimate = partial(cv.ekfac, fisher="type-2")
+
+def of_model(estimator: Estimate) -> Estimate:
+    """An estimator with the exact Fisher matrix of a batch of images; for text, with four draws an example."""
+
+    def estimate(model_fn: Any, params: Any, batch: Batch) -> Any:
+        options: dict[str, Any] = {"fisher": "type-2"} if batch[1].ndim == 1 else {"fisher": "mc", "mc_samples": 4}
+        return estimator(model_fn, params, batch, **options)
+
+    return estimate
+
+
+kfac, ekfac, diagonal = of_model(cv.kfac), of_model(cv.ekfac), of_model(cv.diagonal)
 shampoo: Estimate = partial(cv.shampoo, per_example=True, squared=True)
 RELATIVE, FACTORED = cv.RelativeTikhonov(DAMPING), cv.FactoredTikhonov(DAMPING, relative=True)
 
@@ -87,10 +101,9 @@ def without_curvature(problem: Problem) -> Tensor:
 
 
 def mean_damping(problem: Problem) -> float:
-    """A tenth of the GGN's mean eigenvalue, from its diagonal, which ``type-2`` gives exactly."""
+    """A tenth of the GGN's mean eigenvalue, from its diagonal."""
     model_fn, params = problem.model
-    trace = cv.diagonal(model_fn, params, problem.train, fisher="type-2").trace()
-    return DAMPING * float(trace) / cv.ravel(params).numel()
+    return DAMPING * float(diagonal(model_fn, params, problem.train).trace()) / cv.ravel(params).numel()
 
 
 def dense_ggn(problem: Problem) -> Tensor:
@@ -104,12 +117,12 @@ def dense_ggn(problem: Problem) -> Tensor:
 
 
 def iterated_ggn(problem: Problem) -> Tensor:
-    """The whole GGN by conjugate gradients, query by query, with KFAC's inverse as preconditioner."""
+    """The whole GGN by conjugate gradients, all queries at once, with EKFAC's inverse as preconditioner."""
     model_fn, params = problem.model
     strength = mean_damping(problem)
-    operator = cv.ggn(model_fn, params, problem.train).damp(strength)
-    preconditioner = kfac(model_fn, params, problem.train).inverse(strength)
-    return problem.scores(lambda v: cv.solve(operator, v, preconditioner=preconditioner, tolerance=1e-2))
+    rough = ekfac(model_fn, params, problem.train).inverse(strength)
+    curv = cv.ggn(model_fn, params, problem.train)
+    return problem.scores(curv.inverse(strength, preconditioner=rough, tolerance=0.1))
 
 
 def sketched(problem: Problem, estimate: Estimate, damping: Any, compressor: Callable[[Any], Any]) -> Tensor:
@@ -124,9 +137,9 @@ def projected_gram(problem: Problem, compressor: Callable[[Any], Any]) -> Tensor
     """TRAK without its weights: gradients are projected first, and the curvature is the Gram matrix of projections."""
     model_fn, params = problem.model
     asked, known = sketches(problem, flat(model_fn, params, problem.train).project(compressor(params)))
-    gram = known.mT @ known / len(known)
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    return asked @ torch.linalg.solve(gram, known.mT)
+    inner = known @ known.mT / len(known)  # (F^T F + d)^-1 F^T = F^T (F F^T + d)^-1, and examples are fewer
+    inner.diagonal().add_(DAMPING * inner.trace() / known.shape[1])
+    return torch.linalg.solve(inner, asked @ known.mT, left=False)
 
 
 def sketches(problem: Problem, projection: cv.Projection) -> tuple[Tensor, Tensor]:
@@ -164,26 +177,26 @@ class Row(NamedTuple):
     of: str | None = None
 
 
-def methods(with_peers: bool, with_iterations: bool) -> dict[str, Row]:
-    """Every method by its name."""
+def methods(kind: str, with_peers: bool) -> dict[str, Row]:
+    """Every method by its name, for images or text."""
     rows = {
         "KFAC": Row(partial(exact, estimate=kfac, damping=RELATIVE)),
         "KFAC, factored damping": Row(partial(exact, estimate=kfac, damping=FACTORED)),
         "EKFAC": Row(partial(exact, estimate=ekfac, damping=RELATIVE)),
         "EKFAC, empirical": Row(partial(exact, estimate=partial(cv.ekfac, fisher="empirical"), damping=RELATIVE)),
-        "TKFAC": Row(partial(exact, estimate=partial(cv.tkfac, fisher="type-2"), damping=RELATIVE)),
+        "TKFAC": Row(partial(exact, estimate=of_model(cv.tkfac), damping=RELATIVE)),
         "Shampoo squared, empirical": Row(partial(exact, estimate=shampoo, damping=RELATIVE)),
         "Shampoo, eigenvalues corrected, empirical": Row(partial(exact, estimate=corrected_shampoo, damping=RELATIVE)),
         "DyKAF, empirical": Row(partial(exact, estimate=partial(cv.dykaf, per_example=True), damping=RELATIVE)),
-        "diagonal": Row(partial(exact, estimate=partial(cv.diagonal, fisher="type-2"), damping=RELATIVE)),
-        "GGN": Row(dense_ggn),
+        "diagonal": Row(partial(exact, estimate=diagonal, damping=RELATIVE)),
+        "GGN": Row(dense_ggn if kind == "images" else iterated_ggn),
         "identity": Row(without_curvature),
     }
     for strength in (0.01, 1.0):
         relative = cv.RelativeTikhonov(strength)
         rows[f"KFAC, damping {strength:g}"] = Row(partial(exact, estimate=kfac, damping=relative))
         rows[f"EKFAC, damping {strength:g}"] = Row(partial(exact, estimate=ekfac, damping=relative))
-    for p in RANKS:
+    for p in RANKS[kind]:
         random, eigen = partial(random_sketch, rank=p), partial(eigen_sketch, rank=p)
         rows |= {
             f"eigen sketch of EKFAC, p = {p}": Row(
@@ -200,15 +213,16 @@ def methods(with_peers: bool, with_iterations: bool) -> dict[str, Row]:
             ),
             f"projected Gram matrix, p = {p}": Row(partial(projected_gram, compressor=random)),
         }
-    if with_iterations:
+    if kind == "images":
         rows["GGN, conjugate gradients"] = Row(iterated_ggn, "GGN")
     if with_peers:
         rows |= {
             "kronfluence EKFAC": Row(partial(kronfluence, empirical=False)),
             "kronfluence EKFAC, empirical": Row(partial(kronfluence, empirical=True), "EKFAC, empirical"),
-            "dattri EKFAC, empirical": Row(lambda p: peers.dattri_ekfac(*p, DAMPING), "EKFAC, empirical"),
             "dattri TRAK, 512 dimensions": Row(lambda p: peers.dattri_trak(*p, 512)),
         }
+    if with_peers and kind == "images":  # dattri's EKFAC is for sequences of linear layers
+        rows["dattri EKFAC, empirical"] = Row(lambda p: peers.dattri_ekfac(*p, DAMPING), "EKFAC, empirical")
     return rows
 
 
@@ -253,29 +267,35 @@ def main() -> None:
     """Measures, prints the table, and writes figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="ROOT")
+    parser.add_argument("--text", action="store_true", help="passages of Shakespeare in place of images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--subsets", type=int, default=100)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--iterations", action="store_true", help="the GGN by conjugate gradients too: slow")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    data, training = load(options.data, options.examples, options.queries), Training()
-    subsets, rows = (
-        evaluate.subsets(options.examples, number=options.subsets),
-        methods(not options.no_peers, options.iterations),
+    kind = "text" if options.text else "images"
+    data = (
+        passages(options.examples, options.queries)
+        if options.text
+        else load(options.data, options.examples, options.queries)
     )
-    seeds = [measure(data, training, subsets, rows, seed) for seed in range(options.seeds)]
+    training, rows = TRAINING[kind], methods(kind, not options.no_peers)
+    subsets = evaluate.subsets(options.examples, number=options.subsets)
+    seeds: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        seeds.append(measure(data, training, subsets, rows, seed))
+        if options.json:
+            versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1}
+            settings = {"data": data.name, "training": vars(training), "damping": DAMPING, "dtype": "float32"}
+            settings |= {"examples": options.examples, "queries": options.queries, "subsets": options.subsets}
+            options.json.write_text(json.dumps({**versions, **settings, "seeds": seeds}, indent=1) + "\n")
     print(f"\n{data.name}, {options.examples} examples, {options.queries} queries, {options.subsets} halves,", end=" ")
     print(f"{options.seeds} seeds: median (range); accuracy {summary([seed['accuracy'] for seed in seeds])}\n")
     print(table(rows, seeds))
-    if options.json:
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "dtype": "float32"}
-        settings = {"data": data.name, "training": vars(training), "damping": DAMPING}
-        settings |= {"examples": options.examples, "queries": options.queries, "subsets": options.subsets}
-        options.json.write_text(json.dumps({**versions, **settings, "seeds": seeds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,44 @@
-"""Images and small networks for the benchmark of influence scores, and training on many subsets at once.
+"""Images, text and small networks for the benchmark of influence scores, and training on many subsets at once.
 
 Fashion-MNIST is in the Debian package `dataset-fashion-mnist` (`apt-get install`, or `apt-get download` and `dpkg -x`);
-its images are averaged over 2 x 2 pixels. Without it, scikit-learn's digits are used.
+its images are averaged over 2 x 2 pixels. Without it, scikit-learn's digits are used. The text is Shakespeare's.
 """
 
 from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import GPT, Batch, mlp, shakespeare
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-Batch = tuple[Tensor, Tensor]
+import curvlib as cv
+
 FOLDER = Path("usr") / "share" / "datasets" / "fashion-mnist"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images [N, d] and labels [N] to train on and to ask about; training pixels have mean 0 and variance 1."""
+    """Inputs [N, ...] and targets [N] or [N, T] to train on and to ask about, and what makes an untrained network."""
 
     name: str
     train: Batch
     queries: Batch
-
-    def module(self, hidden: int = 32) -> nn.Module:
-        """An untrained network of one hidden layer."""
-        return nn.Sequential(nn.Linear(self.train[0].shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    module: Callable[[], nn.Module]
 
 
 def load(root: Path | None, examples: int, queries: int) -> Data:
-    """Fashion-MNIST below a root directory, or else the digits; random examples, the same each time."""
+    """Fashion-MNIST below a root directory, or else the digits; random examples, the same each time.
+
+    Training pixels have mean 0 and variance 1; the network has one hidden layer.
+    """
     if root is not None and (root / FOLDER).exists():
         name, train, asked = "Fashion-MNIST 14 x 14", fashion(root, "train"), fashion(root, "t10k")
     else:
@@ -43,7 +46,25 @@ def load(root: Path | None, examples: int, queries: int) -> Data:
         asked = train[0][examples:], train[1][examples:]
     train, asked = chosen(train, examples), chosen(asked, queries)
     mean, deviation = train[0].mean(), train[0].std()
-    return Data(name, ((train[0] - mean) / deviation, train[1]), ((asked[0] - mean) / deviation, asked[1]))
+    train, asked = (((images - mean) / deviation, labels) for images, labels in (train, asked))
+    return Data(name, train, asked, lambda: mlp((train[0].shape[1], 32, 10)))
+
+
+def passages(examples: int, queries: int, length: int = 32) -> Data:
+    """Passages of Shakespeare [N, T], and what follows each character; queries are from what plays end with."""
+    text = shakespeare()
+    source = torch.Generator().manual_seed(0)
+    train, asked = (
+        apart(part, number, length, source) for part, number in ((text.train, examples), (text.validation, queries))
+    )
+    return Data("Shakespeare", train, asked, lambda: GPT(2, 64, 4, len(text.characters), length))
+
+
+def apart(tokens: Tensor, number: int, length: int, source: torch.Generator) -> Batch:
+    """Random passages that do not overlap."""
+    starts = length * torch.randperm((len(tokens) - 1) // length, generator=source)[:number].sort().values
+    window = tokens[starts.unsqueeze(1) + torch.arange(length + 1)]
+    return window[:, :-1], window[:, 1:]
 
 
 def chosen(batch: Batch, number: int) -> Batch:
@@ -75,58 +96,74 @@ def fashion(root: Path, split: str) -> Batch:
     return images, read("labels-idx1-ubyte", 8).long()
 
 
+def example_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each example [N], a mean over its positions."""
+    losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.reshape(len(targets), -1).mean(1)
+
+
 @dataclass(frozen=True)
 class Training:
-    """Stochastic gradient descent with momentum 0.9, decoupled weight decay and a learning rate that falls to zero."""
+    """Stochastic gradient descent with momentum 0.9, or Adam, with decoupled weight decay; the rate falls to 0."""
 
     epochs: int = 40
     batch_size: int = 100
     learning_rate: float = 0.05
     weight_decay: float = 5e-3
+    adam: bool = False
 
-    def fit(self, data: Data, subsets: Tensor, seed: int) -> dict[str, Tensor]:
-        """Networks trained on subsets [S, N], all at once: parameters with a leading axis of size S.
+    def transformation(self, steps: int) -> cv.optim.GradientTransformation:
+        """The optimizer, for so many steps."""
+        direction = cv.optim.scale_by_adam(betas=(0.9, 0.95)) if self.adam else cv.optim.heavy_ball(0.9)
+        rate = cv.optim.warmup_cosine(self.learning_rate, 0, steps)
+        decay = cv.optim.add_decayed_weights(self.weight_decay)
+        return cv.optim.chain(direction, decay, cv.optim.scale_by_learning_rate(rate))
+
+    def fit(self, data: Data, subsets: Tensor, seed: int, at_once: int = 100) -> dict[str, Tensor]:
+        """Networks trained on subsets [S, N], many at once: parameters with a leading axis of size S.
 
         Networks have initial weights of their own, and one order of the examples; an example that is not in a network's
         subset has weight zero in its batches.
         """
         torch.manual_seed(seed)
-        shape = data.module()
-        params, _ = stack_module_state([data.module() for _ in subsets])
-        params = {name: leaf.detach() for name, leaf in params.items()}
-        momentum = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+        modules = [data.module() for _ in subsets]
+        order = torch.stack([torch.randperm(subsets.shape[1]) for _ in range(self.epochs)])
+        parts = [
+            self.together(modules[i : i + at_once], data.train, subsets[i : i + at_once].float(), order)
+            for i in range(0, len(subsets), at_once)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def together(self, modules: list[nn.Module], train: Batch, weights: Tensor, order: Tensor) -> dict[str, Tensor]:
+        """Trained parameters of some networks [S, ...], from weights of examples [S, N] and an order for each epoch."""
+        shape = modules[0]
+        params = {name: leaf.detach() for name, leaf in stack_module_state(modules)[0].items()}
 
         def objective(params: Any, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-            terms = F.cross_entropy(functional_call(shape, params, inputs), targets, reduction="none")
+            terms = example_losses(functional_call(shape, params, inputs), targets)
             return (weights * terms).sum() / weights.sum().clamp(min=1)
 
         gradient = vmap(grad_and_value(objective), (0, None, None, 0))
-        examples, weights = len(data.train[0]), subsets.float()
-        steps, step = self.epochs * math.ceil(examples / self.batch_size), 0
-        for _ in range(self.epochs):
-            for index in torch.randperm(examples).split(self.batch_size):
-                rate = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-                grads, _ = gradient(params, data.train[0][index], data.train[1][index], weights[:, index])
-                momentum = {name: 0.9 * momentum[name] + leaf for name, leaf in grads.items()}
-                params = {
-                    name: (1 - rate * self.weight_decay) * leaf - rate * momentum[name] for name, leaf in params.items()
-                }
-                step += 1
+        optimizer = self.transformation(self.epochs * math.ceil(weights.shape[1] / self.batch_size))
+        state = optimizer.init(params)
+        for examples in order:
+            for index in examples.split(self.batch_size):
+                grads, _ = gradient(params, train[0][index], train[1][index], weights[:, index])
+                updates, state = optimizer.update(grads, state, params)
+                params = cv.apply_updates(params, updates)
         return params
 
 
 def query_losses(data: Data, params: dict[str, Tensor]) -> Tensor:
     """The losses [S, Q] of stacked networks on the queries."""
     module = data.module()
-
-    def losses(params: Any) -> Tensor:
-        return F.cross_entropy(functional_call(module, params, data.queries[0]), data.queries[1], reduction="none")
-
-    return vmap(losses)(params)
+    return vmap(lambda leaves: example_losses(functional_call(module, leaves, data.queries[0]), data.queries[1]))(
+        params
+    )
 
 
 def accuracy(data: Data, params: dict[str, Tensor]) -> float:
-    """The share of queries that stacked networks answer correctly."""
+    """The share of targets of queries that stacked networks predict."""
     module = data.module()
     found = vmap(lambda leaves: functional_call(module, leaves, data.queries[0]))(params)
     return float((found.argmax(-1) == data.queries[1]).float().mean())

@@ -87,14 +87,18 @@ class Kronfluence:
         return self.analyzer.load_pairwise_scores("scores")["all_modules"]
 
 
+def mean_loss(module: nn.Module, params: Any, batch: Batch) -> Tensor:
+    """The cross-entropy of the last axis, over examples and positions."""
+    outputs = torch.func.functional_call(module, params, batch[0])
+    return F.cross_entropy(outputs.flatten(0, -2), batch[1].flatten())
+
+
 def dattri_task(module: nn.Module, *, margin: bool) -> Any:
     """The cross-entropy, or TRAK's margin log p / (1 - p), as dattri wants them."""
     from dattri.task import AttributionTask
 
     def loss(params: Any, data: Batch) -> Tensor:
-        inputs, targets = data if data[0].ndim > 1 else (part.unsqueeze(0) for part in data)
-        outputs = torch.func.functional_call(module, params, inputs)
-        value = F.cross_entropy(outputs, targets)
+        value = mean_loss(module, params, data if data[0].ndim > 1 else (data[0][None], data[1][None]))
         return -value - torch.log1p(-torch.exp(-value).clamp(max=1 - 1e-6)) if margin else value
 
     return AttributionTask(loss_func=loss, model=module, checkpoints=module.state_dict())
@@ -112,8 +116,7 @@ def dattri_trak(module: nn.Module, train: Batch, queries: Batch, dimensions: int
     module = copy.deepcopy(module)
 
     def probability(params: Any, data: Batch) -> Tensor:
-        outputs = torch.func.functional_call(module, params, data[0].unsqueeze(0))
-        return torch.exp(-F.cross_entropy(outputs, data[1].unsqueeze(0)))
+        return torch.exp(-mean_loss(module, params, (data[0][None], data[1][None])))
 
     attributor = TRAKAttributor(
         dattri_task(module, margin=True), probability, {"proj_dim": dimensions, "proj_max_batch_size": 32}

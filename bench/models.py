@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from language_model import GPT
+from language_model import GPT, shakespeare  # noqa: F401 (from here, because of the path)
 
 Batch = tuple[Tensor, Tensor]
 

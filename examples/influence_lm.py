@@ -60,15 +60,18 @@ class Found(NamedTuple):
 
 
 def passages(text: Text, count: int) -> Batch:
-    """Passages [N, T] from all over the text, each from the start of a line on, and the character after each of theirs.
+    """Passages [N, T] from all over the text, and the character after each of theirs.
 
-    There may be fewer than asked for.
+    Each starts with a line, and none overlaps another. There may be fewer than asked for.
     """
-    starts = (text.train[:-1] == text.characters.index("\n")).nonzero()[:, 0] + 1
-    starts = starts[text.train[starts] != text.characters.index("\n")]
-    starts = starts[starts < len(text.train) - LENGTH]
-    source = torch.Generator().manual_seed(0)
-    chosen = starts[torch.randperm(len(starts), generator=source)[:count]].sort().values
+    newline = text.characters.index("\n")
+    starts, end = [], 0
+    for start in ((text.train[:-1] == newline) & (text.train[1:] != newline)).nonzero()[:, 0].add(1).tolist():
+        if start > end:
+            starts.append(start)
+            end = start + LENGTH
+    apart = torch.tensor(starts[:-1])
+    chosen = apart[torch.randperm(len(apart), generator=torch.Generator().manual_seed(0))[:count]].sort().values
     windows = text.train[chosen[:, None] + torch.arange(LENGTH + 1)]
     return windows[:, :-1], windows[:, 1:]
 

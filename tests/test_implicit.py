@@ -97,6 +97,36 @@ def test_the_inverse_solves_systems() -> None:
     assert_close(damped @ cv.ravel(with_it), cv.ravel(v))
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_stacked_systems_are_solved_together(preconditioned: bool) -> None:
+    case = mlp()
+    calls: list[int] = []
+
+    def counted(params: Any, inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return case.model_fn(params, inputs)
+
+    curv = ggn(counted, case.params, case.batch)
+    damped = curv.to_dense() + 0.1 * identity(curv.size)
+    rough = cv.kfac(case.model_fn, case.params, case.batch).inverse(0.1) if preconditioned else None
+    inverse = curv.inverse(0.1, preconditioner=rough, tolerance=1e-11)
+    sizes = torch.tensor([1.0, 1e-6, 0.0, 1e6], dtype=torch.float64)
+    vectors = {
+        name: torch.einsum("k,k...->k...", sizes, normal(3, 4, *leaf.shape)) for name, leaf in case.params.items()
+    }
+    expected = reference.rows(vectors, 4)
+    products = []
+    for number in range(4):
+        calls.clear()
+        solution = cv.ravel(inverse @ reference.example_of(vectors, number))
+        products.append(len(calls))
+        assert (solution @ damped - expected[number]).norm() <= 1e-10 * expected[number].norm()
+    calls.clear()
+    together = reference.rows(inverse.matmat(vectors), 4) @ damped
+    assert len(calls) == max(products)
+    assert ((together - expected).norm(dim=1) <= 1e-10 * expected.norm(dim=1)).all()
+
+
 def test_a_system_that_is_not_solved_is_an_error() -> None:
     case = mlp()
     curv = ggn(case.model_fn, case.params, case.batch)
@@ -107,6 +137,8 @@ def test_a_system_that_is_not_solved_is_an_error() -> None:
     for options in ({"tolerance": 0.0}, {"max_iterations": 0}):
         with pytest.raises(ArgumentError, match="must be positive"):
             solve(curv.damp(0.1), case.params, **options)
+        with pytest.raises(ArgumentError, match="must be positive"):
+            curv.inverse(0.1, **options)
 
 
 def test_a_large_operator_says_what_to_use_where_it_would_need_its_entries() -> None:

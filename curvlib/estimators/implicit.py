@@ -55,6 +55,33 @@ class Implicit(Lazy):
 
     # --- sums, damping and inverses ------------------------------------------------------------------------------
 
+    def inverse(
+        self,
+        damping: Damping | float | Tensor = 0.0,
+        *,
+        preconditioner: Operator | None = None,
+        tolerance: float = 1e-8,
+        max_iterations: int = 1000,
+    ) -> ImplicitInverse:
+        """(curv + damping)^-1, whose products are solved for: see `solve`. `matmat` solves for all vectors together.
+
+        Args:
+            damping: what makes the operator positive definite.
+            preconditioner: an operator close to the inverse, such as ``cv.kfac(...).inverse(damping)``.
+            tolerance: relative residual at which to stop.
+            max_iterations: iterations after which to give up.
+
+        Raises:
+            ArgumentError: a tolerance that is not positive, or no iteration.
+            DampingError: the damping is negative.
+        """
+        check_iteration(tolerance, max_iterations)
+        inverse = self.power(-1, damping)
+        assert isinstance(inverse, ImplicitInverse)
+        return dataclasses.replace(
+            inverse, preconditioner=preconditioner, tolerance=tolerance, max_iterations=max_iterations
+        )
+
     def plus(self, other: Operator) -> Operator:
         terms = other.terms if isinstance(other, ImplicitSum) else (other,)
         shifts = other.shift if isinstance(other, ImplicitSum) else self.like.new_zeros(())
@@ -159,7 +186,7 @@ class ImplicitSum(Implicit):
 
 @register
 class ImplicitInverse(Implicit):
-    """The inverse of an operator: every product solves a system by conjugate gradients. See `solve`.
+    """The inverse of an operator: products solve systems by conjugate gradients, stacked vectors together. See `solve`.
 
     Args:
         operator: what is to be inverted; positive definite.
@@ -183,19 +210,30 @@ class ImplicitInverse(Implicit):
 
     def apply(self, vectors: Tree, leading: int) -> Tree:
         leaves = self.domain.leaves(vectors, leading)
+        if leading > 1:
+            parts = [self.apply(self.domain.tree(part), leading - 1) for part in zip(*leaves, strict=True)]
+            columns = zip(*(self.domain.leaves(part, leading - 1) for part in parts), strict=True)
+            return self.domain.tree([torch.stack(column) for column in columns])
         if leading == 0:
-            return self.solve(self.domain.tree(leaves))
-        solved = [flatten(self.apply(self.domain.tree(row), leading - 1))[0] for row in zip(*leaves, strict=True)]
-        return self.domain.tree([torch.stack(column) for column in zip(*solved, strict=True)])
+            leaves = [leaf.unsqueeze(0) for leaf in leaves]
+        rows = ravel_rows(self.domain.tree(leaves))
+        step = max(1, ELEMENTS_AT_ONCE // self.size)
+        solved = unravel_rows(torch.cat([self.solved(part) for part in rows.split(step)]), self.domain)
+        return solved if leading == 1 else self.domain.tree([leaf[0] for leaf in self.domain.leaves(solved, 1)])
 
-    def solve(self, vector: Tree) -> Tree:
-        """One system."""
-        return solve(
-            self.operator,
-            vector,
-            preconditioner=self.preconditioner,
+    def solved(self, rows: Tensor) -> Tensor:
+        """The solutions of some systems [k, D], each until its own residual is small enough."""
+
+        def on_rows(operator: Operator) -> Callable[[Tensor], Tensor]:
+            return lambda stack: ravel_rows(operator.apply(unravel_rows(stack, self.domain), 1))
+
+        return conjugate_gradient(
+            on_rows(self.operator),
+            rows,
+            preconditioner=None if self.preconditioner is None else on_rows(self.preconditioner),
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
+            stacked=True,
         )
 
     def scaled(self, factor: float | Tensor) -> ImplicitInverse:
@@ -240,10 +278,7 @@ def solve(
         >>> torch.allclose(cv.ravel(curv @ x), cv.ravel(params), atol=1e-5)
         True
     """
-    if not tolerance > 0 or max_iterations < 1:
-        raise ArgumentError(
-            f"the tolerance must be positive and max_iterations at least 1, got {tolerance} and {max_iterations}"
-        )
+    check_iteration(tolerance, max_iterations)
     structure = flatten(vector)[1]
 
     def flat(factor: Operator) -> Callable[[Tensor], Tensor]:
@@ -257,3 +292,11 @@ def solve(
         max_iterations=max_iterations,
     )
     return unflatten(structure, flatten(unravel(solution, vector))[0])
+
+
+def check_iteration(tolerance: float, max_iterations: int) -> None:
+    """Refuses what no iteration can reach."""
+    if not tolerance > 0 or max_iterations < 1:
+        raise ArgumentError(
+            f"the tolerance must be positive and max_iterations at least 1, got {tolerance} and {max_iterations}"
+        )

@@ -162,8 +162,9 @@ def scores(
     taken batch by batch and never stored; where it takes fewer multiplications, they are not formed.
 
     Args:
-        curv_inverse: the inverse of a curvature on ``params``, such as ``cv.ekfac(...).inverse(damping)``; or a
-            function of one vector, a pytree like params: ``lambda v: cv.solve(curv, v, preconditioner=...)``.
+        curv_inverse: the inverse of a curvature on ``params``, such as ``cv.ekfac(...).inverse(damping)``, or
+            ``cv.ggn(...).inverse(damping, preconditioner=...)``, which solves for many queries at a time; or a function
+            of one vector, a pytree like params.
         model_fn: pure function (params, inputs) -> outputs.
         params: pytree of floating-point tensors.
         queries: (inputs, targets), or a data set `over` a loader, which is read once.

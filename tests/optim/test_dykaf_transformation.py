@@ -43,8 +43,10 @@ def states(transformation: optim.GradientTransformation, grads: list[Any]) -> tu
     return updates, after
 
 
-def assert_product(factors: Factors, scale: Tensor, expected: tuple[Tensor, ...]) -> None:
-    torch.testing.assert_close(factors.scale, scale, rtol=1e-11, atol=0)
+def assert_product(factors: Factors, scale: Tensor, expected: tuple[Tensor, ...], terms: Tensor | None = None) -> None:
+    """``terms``: the size of what a scale is a sum of, and to which it is exact."""
+    size = scale if terms is None else scale.maximum(terms)
+    assert ((factors.scale - scale).abs() <= 1e-11 * size).all(), (factors.scale, scale)
     for unit, other in zip(units(factors), expected, strict=True):
         torch.testing.assert_close(unit, other, rtol=0, atol=1e-11)
 
@@ -74,7 +76,8 @@ def test_factors_of_matrices_are_those_of_the_integrators(
             scale, left, right = ksl(scale, left, right, rearranged(g), kept, weight, sweeps=sweeps)
         else:
             scale, left, right = bug(scale, left, right, rearranged(g), kept, weight)
-        assert_product(factors, scale, (left, right))
+        # what a pair of factors leaves of a gradient may be tiny: where it forgets all that came before, say
+        assert_product(factors, scale, (left, right), terms=weight * g.square().sum((-2, -1)))
 
 
 @settings(deadline=None, max_examples=10)
