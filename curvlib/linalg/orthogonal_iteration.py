@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvlib.linalg.eager import may_look_at
+
 
 def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """One QR power iteration of an eigenbasis, its columns sorted by their Rayleigh quotients first.
@@ -30,6 +32,10 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
         (tensor([[0., 1.],
                 [1., 0.]]), tensor([1, 0]))
     """
+    if matrix.ndim == 3 and len(matrix) > 1 and may_look_at(matrix):
+        # LAPACK takes them one by one anyway, and the temporary results of one stay in the cache
+        pairs = [orthogonal_iteration(*pair) for pair in zip(matrix, basis, strict=True)]
+        return torch.stack([new for new, _ in pairs]), torch.stack([order for _, order in pairs])
     image, quotients = rayleigh(matrix, basis)
     order = quotients.argsort(dim=-1, descending=True, stable=True)
     sorted_image = image.gather(-1, order.unsqueeze(-2).expand(image.shape))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvlib.linalg.gram import writes_in_place
 from curvlib.linalg.rank_one import rank_one_moment
 from curvlib.optim.factors import Factors, Modes
 from curvlib.optim.modes import along, mode_product, outer
@@ -44,7 +45,10 @@ class SecondMoment(ABC):
 
     @abstractmethod
     def transported(self, moment: Moment, turn: Turn, rotation: Tensor | None, mode: int, how: Transport) -> Moment:
-        """The moment after a change of the basis of one mode; ``rotation``: Q_old^T Q_new of the chosen members."""
+        """The moment after a change of the basis of one mode; ``rotation``: Q_old^T Q_new of the chosen members.
+
+        The rotation is no longer needed and may be written over.
+        """
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ def carried(stack: Tensor, turn: Turn, rotation: Tensor | None, mode: int, how: 
     if how == "permute":
         return turn.apply(lambda squares: along(turn.order, squares, mode), stack)
     assert rotation is not None
-    return turn.apply(lambda squares: mode_product(squares, rotation.square(), mode), stack)
+    weights = torch.mul(rotation, rotation, out=rotation if writes_in_place(rotation) else None)
+    return turn.apply(lambda squares: mode_product(squares, weights, mode), stack)
 
 
 def normalised(stack: Tensor) -> tuple[Tensor, Tensor]:
