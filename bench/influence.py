@@ -100,18 +100,18 @@ def without_curvature(problem: Problem) -> Tensor:
     return problem.scores(flat(*problem.model, problem.train))
 
 
-def mean_damping(problem: Problem) -> float:
-    """A tenth of the GGN's mean eigenvalue, from its diagonal."""
+def mean_damping(problem: Problem, relative: float = DAMPING) -> float:
+    """A multiple of the GGN's mean eigenvalue, from its diagonal."""
     model_fn, params = problem.model
-    return DAMPING * float(diagonal(model_fn, params, problem.train).trace()) / cv.ravel(params).numel()
+    return relative * float(diagonal(model_fn, params, problem.train).trace()) / cv.ravel(params).numel()
 
 
-def dense_ggn(problem: Problem) -> Tensor:
+def dense_ggn(problem: Problem, relative: float = DAMPING) -> Tensor:
     """The whole GGN as a matrix, by its Cholesky factor."""
     model_fn, params = problem.model
     blocks = {"all": tuple(sorted(params))}
     whole = cv.block_diagonal(cv.ggn(model_fn, params, problem.train), blocks, max_rows=1 << 14).to_dense()
-    whole.diagonal().add_(mean_damping(problem))
+    whole.diagonal().add_(mean_damping(problem, relative))
     factor = torch.linalg.cholesky(whole)
     return problem.scores(lambda v: cv.unravel(torch.cholesky_solve(cv.ravel(v).unsqueeze(1), factor).squeeze(1), v))
 
@@ -215,6 +215,8 @@ def methods(kind: str, with_peers: bool) -> dict[str, Row]:
         }
     if kind == "images":
         rows["GGN, conjugate gradients"] = Row(iterated_ggn, "GGN")
+        for strength in (1.0, 10.0):
+            rows[f"GGN, damping {strength:g}"] = Row(partial(dense_ggn, relative=strength))
     if with_peers:
         rows |= {
             "kronfluence EKFAC": Row(partial(kronfluence, empirical=False)),

@@ -50,14 +50,14 @@ def load(root: Path | None, examples: int, queries: int) -> Data:
     return Data(name, train, asked, lambda: mlp((train[0].shape[1], 32, 10)))
 
 
-def passages(examples: int, queries: int, length: int = 32) -> Data:
+def passages(examples: int, queries: int, length: int = 32, width: int = 64) -> Data:
     """Passages of Shakespeare [N, T], and what follows each character; queries are from what plays end with."""
     text = shakespeare()
     source = torch.Generator().manual_seed(0)
     train, asked = (
         apart(part, number, length, source) for part, number in ((text.train, examples), (text.validation, queries))
     )
-    return Data("Shakespeare", train, asked, lambda: GPT(2, 64, 4, len(text.characters), length))
+    return Data("Shakespeare", train, asked, lambda: GPT(2, width, 4, len(text.characters), length))
 
 
 def apart(tokens: Tensor, number: int, length: int, source: torch.Generator) -> Batch:

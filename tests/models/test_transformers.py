@@ -157,3 +157,13 @@ def test_padded_tokens_count_nowhere() -> None:
         one, other = (estimate(model_fn, params, batch, fisher="empirical") for batch in batches)
         for name, block in one.blocks.items():
             torch.testing.assert_close(block.trace(), other.blocks[name].trace(), rtol=1e-10, atol=1e-14)
+
+
+@every_family
+def test_influence_is_that_of_every_parameter(family: str) -> None:
+    model_fn, params, batch = load(family)
+    inverse = cv.ekfac(model_fn, params, batch, fisher="empirical").inverse(cv.RelativeTikhonov(0.1))
+    rows = torch.stack([cv.ravel(gradient) for gradient in gradients(model_fn, params, batch)])
+    solved = torch.stack([cv.ravel(inverse @ cv.unravel(row, params)) for row in rows])
+    found = cv.influence.scores(inverse, model_fn, params, batch, batch)
+    torch.testing.assert_close(found, solved @ rows.mT, rtol=1e-6, atol=1e-7 * float(found.abs().max()))
