@@ -16,11 +16,11 @@ class AdamState:
     """Number of steps and moments.
 
     Args:
-        step: 0-d int64 tensor on the CPU.
+        count: 0-d int64 tensor on the CPU.
         first, second: moving averages of g and g * g, pytrees like params (float32 for half precision).
     """
 
-    step: Tensor
+    count: Tensor
     first: Tree
     second: Tree
 
@@ -64,7 +64,7 @@ def scale_by_adam(
         seconds = [
             torch.addcmul(betas[1] * v, g, g, value=1 - betas[1]) for v, g in zip(seconds, gradients, strict=True)
         ]
-        step = state.step + 1
+        step = state.count + 1
         if bias_correction:
             factor, shift = corrections(step, betas, eps)
             updates = [factor * m / (v.sqrt() + shift) for m, v in zip(firsts, seconds, strict=True)]

@@ -18,11 +18,11 @@ class MomentumState:
     """Number of steps and velocity.
 
     Args:
-        step: 0-d int64 tensor on the CPU.
+        count: 0-d int64 tensor on the CPU.
         velocity: pytree like params (float32 for half precision).
     """
 
-    step: Tensor
+    count: Tensor
     velocity: Tree
 
 
@@ -84,11 +84,11 @@ def with_velocity(
         gradients = [g.to(v.dtype) for g, v in zip(leaves_like(state.velocity, grads), old, strict=True)]
         pushes = gradients
         if dampening:
-            weight = 1 - dampening * (state.step > 0).double()
+            weight = 1 - dampening * (state.count > 0).double()
             pushes = [weight * g for g in gradients]
         new = [torch.add(push, v, alpha=decay) for push, v in zip(pushes, old, strict=True)]
         updates = [combined(g, v) for g, v in zip(gradients, new, strict=True)]
-        return unflatten(structure, updates), MomentumState(state.step + 1, unflatten(structure, new))
+        return unflatten(structure, updates), MomentumState(state.count + 1, unflatten(structure, new))
 
     return GradientTransformation(init, update)
 

@@ -32,7 +32,7 @@ def scale(factor: float | Tensor) -> GradientTransformation:
 class ScheduleState:
     """The number of steps taken, a 0-d int64 tensor on the CPU."""
 
-    step: Tensor
+    count: Tensor
 
 
 def scale_by_learning_rate(learning_rate: LearningRate) -> GradientTransformation:
@@ -62,7 +62,7 @@ def scale_by_learning_rate(learning_rate: LearningRate) -> GradientTransformatio
     schedule = learning_rate
 
     def update(grads: Tree, state: ScheduleState, params: Tree | None = None) -> tuple[Tree, ScheduleState]:
-        rate = schedule(int(state.step) if may_look_at(state.step) else state.step.double())
-        return tree_map(lambda leaf: -rate * leaf, grads), ScheduleState(state.step + 1)
+        rate = schedule(int(state.count) if may_look_at(state.count) else state.count.double())
+        return tree_map(lambda leaf: -rate * leaf, grads), ScheduleState(state.count + 1)
 
     return GradientTransformation(lambda params: ScheduleState(first_step()), update)

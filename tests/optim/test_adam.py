@@ -101,7 +101,7 @@ def test_half_precision_has_moments_in_float32() -> None:
 def test_the_state_lives_where_the_parameters_do_and_the_count_on_the_cpu() -> None:
     state = optim.scale_by_adam().init(torch.zeros(2, device="meta"))
     assert state.first.device.type == state.second.device.type == "meta"
-    assert state.step.device.type == "cpu"
+    assert state.count.device.type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_a_chain_calls_the_schedule_with_the_number_of_the_step() -> None:
         assert updates.item() == expected
     assert seen == [0, 1, 2]
     assert all(type(step) is int for step in seen)
-    assert state.step.device.type == "cpu"
-    assert state.step.dtype == torch.int64
+    assert state.count.device.type == "cpu"
+    assert state.count.dtype == torch.int64
 
 
 def test_schedules_are_values() -> None:
