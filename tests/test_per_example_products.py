@@ -57,14 +57,17 @@ def test_projections_are_those_of_the_gradients(
         assert_close(gradients.projected(left, right), left @ dense @ right.mT)
 
 
-@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize(("rows", "panel"), [(True, 1), (False, 1), (False, 1 << 21)])
 @every_model
-def test_both_orders_of_multiplication_give_the_same(name: str, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_orders_of_multiplication_give_the_same(
+    name: str, rows: bool, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = of_model(ZOO[name]())
     vectors = {block: normal(i, 3, *layout.shape) for i, (block, layout) in enumerate(found.layouts)}
     products = found.inner(vectors)
     monkeypatch.setattr(block_gradients, "inner_by_rows", lambda *_: rows)
     monkeypatch.setattr(block_gradients, "projected_by_rows", lambda *_: rows)
+    monkeypatch.setattr(block_gradients, "PANEL", panel)
     for block, gradients in found.blocks.items():
         assert_close(gradients.inner(vectors[block]), products[block])
         if isinstance(gradients, RowGradients):

@@ -21,8 +21,11 @@ from curvlib.errors import ShapeError
 from curvlib.estimators.correction import Use
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.rows import DenseRows, OneHotRows, Rows, chunks, summed
+from curvlib.linalg.gram import writes_in_place
 from curvlib.operators.layout import Layout, Region
 from curvlib.pytree import register, static
+
+PANEL = 1 << 21  # elements of a part of the gradients that is read again at once
 
 
 class BlockGradients(ABC):
@@ -206,8 +209,24 @@ def inner(use: Use, vectors: Tensor) -> Tensor:
     """<V_q, D_n>, [Q, N]."""
     if inner_by_rows(use, len(vectors)):
         return in_pieces(use, vectors, lambda shares: shares.sum(-1))
+    if isinstance(use.rows, DenseRows) and use.rows.shape[1:-1] == (1,):
+        return inner_of_outer(use.g[0, :, 0], use.rows.values[:, 0], vectors)
     flat = vectors.flatten(1)
     return torch.cat([flat @ formed(use, i, j).flatten(1).mT for i, j in chunks(use.rows.shape, use.g)], 1)
+
+
+def inner_of_outer(g: Tensor, a: Tensor, vectors: Tensor) -> Tensor:
+    """<V_q, g_n a_n^T>, [Q, N], from g [N, m] and a [N, n].
+
+    Some rows of all matrices at a time: products stay as wide as Q and N, and their operands in the cache.
+    """
+    total = vectors.new_zeros(len(vectors), len(g))
+    into = total if writes_in_place(vectors, g, a) else None
+    step = max(1, PANEL // max(1, a.numel()))
+    for start in range(0, vectors.shape[1], step):
+        rows = (g[:, start : start + step, None] * a.unsqueeze(1)).flatten(1)
+        total = torch.addmm(total, vectors[:, start : start + step].flatten(1), rows.mT, out=into)
+    return total
 
 
 def inner_by_rows(use: Use, queries: int) -> bool:
