@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from language_model import GPT, shakespeare, windows
 
 LAYERS, WIDTH, HEADS, LENGTH, BATCH = 4, 128, 4, 64, 12  # nanoGPT's size for a CPU
-RATES = (1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2)
+RATES = (1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 1.8e-2, 3e-2)
 DECAY = 0.1
 CHECKS = 50  # validation losses in a run
 

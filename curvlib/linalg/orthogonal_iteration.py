@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from curvlib.linalg.eager import may_look_at
+from curvlib.linalg.gram import writes_in_place
 
 
 def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +36,24 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
     if matrix.ndim == 3 and len(matrix) > 1 and may_look_at(matrix):
         # LAPACK takes them one by one anyway, and the temporary results of one stay in the cache
         pairs = [orthogonal_iteration(*pair) for pair in zip(matrix, basis, strict=True)]
-        return torch.stack([new for new, _ in pairs]), torch.stack([order for _, order in pairs])
+        return torch.stack([new.mT for new, _ in pairs]).mT, torch.stack([order for _, order in pairs])
     image, quotients = rayleigh(matrix, basis)
     order = quotients.argsort(dim=-1, descending=True, stable=True)
-    sorted_image = image.gather(-1, order.unsqueeze(-2).expand(image.shape))
-    return torch.linalg.qr(sorted_image)[0], order
+    columns = image.gather(-2, order.unsqueeze(-1).expand(image.shape)).mT
+    return orthonormalized(columns), order
+
+
+def orthonormalized(columns: Tensor) -> Tensor:
+    """The Q of a QR decomposition [*, n, n]; where nobody needs R, LAPACK is not asked to copy it.
+
+    Example:
+        >>> orthonormalized(torch.tensor([[0.0, 3.0], [2.0, 0.0]])).abs()
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    if columns.device.type == "cpu" and writes_in_place(columns):
+        return torch.linalg.householder_product(*torch.geqrf(columns))
+    return torch.linalg.qr(columns)[0]
 
 
 def off_diagonality(matrix: Tensor, basis: Tensor) -> Tensor:
@@ -61,16 +75,16 @@ def off_diagonality(matrix: Tensor, basis: Tensor) -> Tensor:
         (tensor(1.), tensor(True))
     """
     image, quotients = rayleigh(matrix, basis)
-    residual = torch.linalg.matrix_norm(image - basis * quotients.unsqueeze(-2))
+    residual = torch.linalg.matrix_norm(image - basis.mT * quotients.unsqueeze(-1))
     return residual / torch.linalg.matrix_norm(image).clamp(min=torch.finfo(image.dtype).tiny)
 
 
 def rayleigh(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The image M Q [*, n, n] and the Rayleigh quotients diag(Q^T M Q) [*, n], by one matrix product.
+    """The image (M Q)^T [*, n, n], a row a column, and the Rayleigh quotients diag(Q^T M Q) [*, n].
 
     Example:
         >>> rayleigh(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.eye(2))[1]
         tensor([2., 3.])
     """
-    image = matrix @ basis
-    return image, (image * basis).sum(-2)
+    image = basis.mT @ matrix
+    return image, torch.linalg.vecdot(image, basis.mT)

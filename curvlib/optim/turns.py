@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import NonFiniteError
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import is_eager, may_look_at
 from curvlib.linalg.orthogonal_iteration import off_diagonality, orthogonal_iteration
 from curvlib.optim.modes import entrywise
 
@@ -112,7 +112,7 @@ def refreshed(matrix: Tensor, basis: Tensor, failures: Tensor, choice: Choice) -
     if members is not None:
         matrix, basis = matrix.index_select(0, members), basis.index_select(0, members)
     new, order = orthogonal_iteration(matrix, basis)
-    good = finite(new)
+    good = new.sum((-2, -1)).isfinite()  # no entry is above one
     may_change = good if choice.mask is None else good.logical_and(choice.mask)
     turn = kept_where_bad(Turn(basis, new, order, members), may_change)
     counted = turn.apply(lambda count: torch.where(good, 0, count + 1), failures)
@@ -148,6 +148,8 @@ def eigenvectors(matrix: Tensor) -> Tensor | None:
 
 def kept_where_bad(turn: Turn, good: Tensor) -> Turn:
     """The turn, except that members that are not good stay as they are."""
+    if may_look_at(good) and bool(good.all()):
+        return turn
     new = torch.where(entrywise(good, turn.new), turn.new, turn.old)
     order = torch.where(entrywise(good, turn.order), turn.order, same_order(turn.old))
     return Turn(turn.old, new, order, turn.members)
