@@ -95,6 +95,13 @@ def exact(problem: Problem, estimate: Estimate, damping: Any) -> Tensor:
     return problem.scores(estimate(*problem.model, problem.train).inverse(damping))
 
 
+def of_linear_layers(problem: Problem) -> Tensor:
+    """EKFAC of what other libraries attribute."""
+    model_fn, params = peers.linear_layers(problem.module)
+    inverse = cv.ekfac(model_fn, params, problem.train, fisher="empirical").inverse(RELATIVE)
+    return cv.influence.scores(inverse, model_fn, params, problem.queries, problem.train)
+
+
 def without_curvature(problem: Problem) -> Tensor:
     """Dot products of gradients."""
     return problem.scores(flat(*problem.model, problem.train))
@@ -184,6 +191,7 @@ def methods(kind: str, with_peers: bool) -> dict[str, Row]:
         "KFAC, factored damping": Row(partial(exact, estimate=kfac, damping=FACTORED)),
         "EKFAC": Row(partial(exact, estimate=ekfac, damping=RELATIVE)),
         "EKFAC, empirical": Row(partial(exact, estimate=partial(cv.ekfac, fisher="empirical"), damping=RELATIVE)),
+        "EKFAC, empirical, linear layers": Row(of_linear_layers),
         "TKFAC": Row(partial(exact, estimate=of_model(cv.tkfac), damping=RELATIVE)),
         "Shampoo squared, empirical": Row(partial(exact, estimate=shampoo, damping=RELATIVE)),
         "Shampoo, eigenvalues corrected, empirical": Row(partial(exact, estimate=corrected_shampoo, damping=RELATIVE)),
@@ -220,7 +228,10 @@ def methods(kind: str, with_peers: bool) -> dict[str, Row]:
     if with_peers:
         rows |= {
             "kronfluence EKFAC": Row(partial(kronfluence, empirical=False)),
-            "kronfluence EKFAC, empirical": Row(partial(kronfluence, empirical=True), "EKFAC, empirical"),
+            "kronfluence EKFAC, empirical": Row(
+                partial(kronfluence, empirical=True), "EKFAC, empirical, linear layers"
+            ),
+            "dattri TRAK, 64 dimensions": Row(lambda p: peers.dattri_trak(*p, 64)),
             "dattri TRAK, 512 dimensions": Row(lambda p: peers.dattri_trak(*p, 512)),
         }
     if with_peers and kind == "images":  # dattri's EKFAC is for sequences of linear layers

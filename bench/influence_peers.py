@@ -22,7 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import curvlib as cv
+
 Batch = tuple[Tensor, Tensor]
+
+
+def linear_layers(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    """The network as a function of its linear layers' parameters, which is all that kronfluence attributes."""
+    model_fn, params = cv.functional(module)
+    names = {
+        f"{layer}.{name}"
+        for layer, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+        for name, _ in part.named_parameters()
+    }
+    frozen = {name: leaf for name, leaf in params.items() if name not in names}
+    return lambda some, inputs: model_fn({**frozen, **some}, inputs), {name: params[name] for name in sorted(names)}
 
 
 class Kronfluence:

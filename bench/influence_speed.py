@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from influence_peers import Kronfluence
+from influence_peers import Kronfluence, linear_layers
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -71,19 +71,6 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 def over(batch: Batch, size: int) -> Any:
     """The examples in batches of a size."""
     return cv.over(list(zip(batch[0].split(size), batch[1].split(size), strict=True)))
-
-
-def linear_layers(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    """The network as a function of its linear layers' parameters, which is all that kronfluence attributes."""
-    model_fn, params = cv.functional(module)
-    names = {
-        f"{layer}.{name}"
-        for layer, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-        for name, _ in part.named_parameters()
-    }
-    frozen = {name: leaf for name, leaf in params.items() if name not in names}
-    return lambda some, inputs: model_fn({**frozen, **some}, inputs), {name: params[name] for name in sorted(names)}
 
 
 def gradient_pass(module: nn.Module, batch: Batch, size: int) -> None:
