@@ -76,6 +76,15 @@ def test_both_orders_of_multiplication_give_the_same(
             assert_close(gradients.projected(left, right), left @ dense @ right.mT)
 
 
+@every_model
+def test_inner_products_with_many_vectors_are_those_of_the_gradients(name: str) -> None:
+    found = of_model(ZOO[name]())
+    for i, (block, layout) in enumerate(found.layouts):
+        vectors = normal(i, block_gradients.WIDE, *layout.shape)
+        expected = vectors.flatten(1) @ found.blocks[block].dense(0, 5).flatten(1).mT
+        assert_close(found.blocks[block].inner(vectors), expected)
+
+
 @few
 @given(data=st.data(), positions=st.sampled_from([1, 2, 9, 40]))
 def test_the_order_taken_is_the_cheaper_one(data: st.DataObject, positions: int) -> None:

@@ -26,6 +26,7 @@ from curvlib.operators.layout import Layout, Region
 from curvlib.pytree import register, static
 
 PANEL = 1 << 21  # elements of a part of the gradients that is read again at once
+WIDE = 64  # vectors from which on a product with all of them takes much longer than to form what it is with
 
 
 class BlockGradients(ABC):
@@ -209,10 +210,16 @@ def inner(use: Use, vectors: Tensor) -> Tensor:
     """<V_q, D_n>, [Q, N]."""
     if inner_by_rows(use, len(vectors)):
         return in_pieces(use, vectors, lambda shares: shares.sum(-1))
-    if isinstance(use.rows, DenseRows) and use.rows.shape[1:-1] == (1,):
+    if of_one_position(use):
+        assert isinstance(use.rows, DenseRows)
         return inner_of_outer(use.g[0, :, 0], use.rows.values[:, 0], vectors)
     flat = vectors.flatten(1)
     return torch.cat([flat @ formed(use, i, j).flatten(1).mT for i, j in chunks(use.rows.shape, use.g)], 1)
+
+
+def of_one_position(use: Use) -> bool:
+    """Whether gradients are single products g_n a_n^T of dense rows."""
+    return isinstance(use.rows, DenseRows) and use.rows.shape[1:-1] == (1,)
 
 
 def inner_of_outer(g: Tensor, a: Tensor, vectors: Tensor) -> Tensor:
@@ -230,7 +237,9 @@ def inner_of_outer(g: Tensor, a: Tensor, vectors: Tensor) -> Tensor:
 
 
 def inner_by_rows(use: Use, queries: int) -> bool:
-    """Whether inner products take fewer multiplications without the gradients."""
+    """Whether inner products take fewer multiplications without the gradients, or about as many and are not wide."""
+    if of_one_position(use) and queries >= WIDE:
+        return False
     positions, d_in, d_out, one_hot = *use.rows.shape[-2:], use.g.shape[-1], isinstance(use.rows, OneHotRows)
     without = queries * positions * (d_out if one_hot else d_out * d_in + min(d_out, d_in))
     return without <= positions * d_out * (1 if one_hot else d_in) + queries * d_out * d_in
