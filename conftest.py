@@ -1,10 +1,16 @@
-"""Every test and every doctest: one thread, and torch's global generator seeded."""
+"""Every test and every doctest: one thread, torch's global generator seeded, and hypothesis' examples the same each time.
+
+A change is judged by what it changes; `pytest --hypothesis-profile=default` looks for other examples.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("same examples", derandomize=True)
+settings.load_profile("same examples")
 torch.set_num_threads(1)
 
 
