@@ -1,4 +1,4 @@
-"""Every test and every doctest: one thread, torch's global generator seeded, and hypothesis' examples the same each time.
+"""Every test and every doctest: one thread, torch's global generator seeded, hypothesis' examples always the same.
 
 A change is judged by what it changes; `pytest --hypothesis-profile=default` looks for other examples.
 """

@@ -88,7 +88,8 @@ def deflated_trace(
     """Hutch++: tr(Q A Q^T) + the mean of z^T P A P z over random signs z, P = I - Q^T Q, and its standard error.
 
     Q are orthonormal rows that span A S^T for a third of the samples as random signs S, so that it is exact for ranks
-    up to that, if S has full rank. Meyer, Musco, Musco & Woodruff (2021, arXiv 2010.09649). Arguments are those of `hutchinson_trace`.
+    up to that, if S has full rank. Meyer, Musco, Musco & Woodruff (2021, arXiv 2010.09649). Arguments are those of
+    `hutchinson_trace`.
 
     Example:
         >>> ones = lambda z: z.sum(1, keepdim=True).expand(z.shape)  # the matrix of ones, of rank one
