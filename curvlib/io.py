@@ -147,9 +147,14 @@ def replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
         os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        settle(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Gives a file that is complete and on disk its name in one step."""
+    os.replace(temporary, path)
     with contextlib.suppress(OSError):  # the new name reaches the disk too, where folders can be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
-from curvlib.linalg.conjugate_gradient import conjugate_gradient
 from curvlib.operators import BlockDiagonal, Damping, Dense, FactoredTikhonov, Operator, Tikhonov
 from curvlib.operators.base import remembered
 from curvlib.operators.damping import as_damping, shift
 from curvlib.operators.lazy import MAX_DENSE, Lazy
+from curvlib.operators.solved import solutions
 from curvlib.operators.whole import whole
-from curvlib.pytree import Domain, Tree, flatten, ravel, register, scale, static, tree_map, unflatten, unravel
+from curvlib.pytree import Domain, Tree, flatten, register, scale, static, tree_map
 
 ELEMENTS_AT_ONCE = 1 << 26  # of stacked vectors that are multiplied together
 
@@ -209,31 +208,13 @@ class ImplicitInverse(Implicit):
         return self.operator.like
 
     def apply(self, vectors: Tree, leading: int) -> Tree:
-        leaves = self.domain.leaves(vectors, leading)
-        if leading > 1:
-            parts = [self.apply(self.domain.tree(part), leading - 1) for part in zip(*leaves, strict=True)]
-            columns = zip(*(self.domain.leaves(part, leading - 1) for part in parts), strict=True)
-            return self.domain.tree([torch.stack(column) for column in columns])
-        if leading == 0:
-            leaves = [leaf.unsqueeze(0) for leaf in leaves]
-        rows = ravel_rows(self.domain.tree(leaves))
-        step = max(1, ELEMENTS_AT_ONCE // self.size)
-        solved = unravel_rows(torch.cat([self.solved(part) for part in rows.split(step)]), self.domain)
-        return solved if leading == 1 else self.domain.tree([leaf[0] for leaf in self.domain.leaves(solved, 1)])
-
-    def solved(self, rows: Tensor) -> Tensor:
-        """The solutions of some systems [k, D], each until its own residual is small enough."""
-
-        def on_rows(operator: Operator) -> Callable[[Tensor], Tensor]:
-            return lambda stack: ravel_rows(operator.apply(unravel_rows(stack, self.domain), 1))
-
-        return conjugate_gradient(
-            on_rows(self.operator),
-            rows,
-            preconditioner=None if self.preconditioner is None else on_rows(self.preconditioner),
+        return solutions(
+            self.operator,
+            self.domain.tree(self.domain.leaves(vectors, leading)),
+            leading,
+            preconditioner=self.preconditioner,
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
-            stacked=True,
         )
 
     def scaled(self, factor: float | Tensor) -> ImplicitInverse:
@@ -279,19 +260,9 @@ def solve(
         True
     """
     check_iteration(tolerance, max_iterations)
-    structure = flatten(vector)[1]
-
-    def flat(factor: Operator) -> Callable[[Tensor], Tensor]:
-        return lambda v: ravel(factor.apply(unravel(v, vector), 0))
-
-    solution = conjugate_gradient(
-        flat(operator),
-        ravel(vector),
-        preconditioner=None if preconditioner is None else flat(preconditioner),
-        tolerance=tolerance,
-        max_iterations=max_iterations,
+    return solutions(
+        operator, vector, 0, preconditioner=preconditioner, tolerance=tolerance, max_iterations=max_iterations
     )
-    return unflatten(structure, flatten(unravel(solution, vector))[0])
 
 
 def check_iteration(tolerance: float, max_iterations: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from curvlib.errors import DtypeError, FormatError
+from curvlib.io import settle
 from curvlib.operators import Projection
 
 FORMAT = "curvlib index"
@@ -242,14 +243,3 @@ def unnamed(folder: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def settle(temporary: Path, path: Path) -> None:
-    """Gives a file that is complete and on disk its name in one step."""
-    os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # the new name reaches the disk too, where folders can be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

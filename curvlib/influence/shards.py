@@ -19,7 +19,8 @@ from torch import Tensor
 
 from curvlib.errors import FormatError
 from curvlib.influence.fingerprints import content
-from curvlib.influence.manifest import DTYPES, Recipe, Shard, settle, unnamed
+from curvlib.influence.manifest import DTYPES, Recipe, Shard, unnamed
+from curvlib.io import settle
 
 HEADER = 4096
 CHUNK = 1 << 24  # bytes that are looked at together

@@ -14,6 +14,8 @@ from curvlib.operators.damping import Damping
 from curvlib.operators.lazy import Lazy, dense_operator, domain_of
 from curvlib.pytree import Domain, Tree, flatten, register, static, unflatten
 
+ELEMENTS_AT_ONCE = 1 << 26  # of vectors whose systems are solved together
+
 
 @register
 class SolvedInverse(Lazy):
@@ -48,33 +50,18 @@ class SolvedInverse(Lazy):
         return domain_of(self.operator)
 
     def apply(self, vectors: Tree, leading: int) -> Tree:
-        leaves, structure = flatten(vectors)
-        front = leaves[0].shape[:leading]
-        rows = [leaf.reshape(front.numel(), -1) for leaf in leaves]
-        widths = [row.shape[1] for row in rows]
-
-        def on_rows(operator: Operator) -> Callable[[Tensor], Tensor]:
-            def product(stack: Tensor) -> Tensor:
-                parts = stack.split(widths, 1)
-                shaped = [part.reshape(-1, *leaf.shape[leading:]) for part, leaf in zip(parts, leaves, strict=True)]
-                images = flatten(operator.apply(unflatten(structure, shaped), 1))[0]
-                return torch.cat([image.flatten(1) for image in images], 1)
-
-            return product
-
+        eps = torch.finfo(flatten(vectors)[0][0].dtype).eps
         try:
-            solved = conjugate_gradient(
-                on_rows(self.operator),
-                torch.cat(rows, 1),
-                preconditioner=on_rows(self.preconditioner),
-                tolerance=max(self.tolerance, 8 * torch.finfo(rows[0].dtype).eps),
+            return solutions(
+                self.operator,
+                vectors,
+                leading,
+                preconditioner=self.preconditioner,
+                tolerance=max(self.tolerance, 8 * eps),
                 max_iterations=self.max_iterations,
-                stacked=True,
             )
         except ConvergenceError as error:
             raise ConvergenceError(f"{error}; merge_factors (or tied='merge') has an inverse in closed form") from error
-        columns = zip(solved.split(widths, 1), leaves, strict=True)
-        return unflatten(structure, [column.reshape(leaf.shape) for column, leaf in columns])
 
     @remembered
     def dense(self) -> Operator:
@@ -110,3 +97,53 @@ class SolvedInverse(Lazy):
 
     def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
         return self.dense().sample(generator, n)
+
+
+def solutions(
+    operator: Operator,
+    vectors: Tree,
+    leading: int,
+    *,
+    preconditioner: Operator | None,
+    tolerance: float,
+    max_iterations: int,
+) -> Tree:
+    """Solves operator x = v for vectors with leading axes, by conjugate gradients, many of them at a time.
+
+    Each system is iterated until its own relative residual is at the tolerance.
+
+    Raises:
+        ConvergenceError: the tolerance was not reached.
+
+    Example:
+        >>> from curvlib.operators import Diagonal
+        >>> curv, vectors = Diagonal(torch.tensor([1.0, 4.0])), torch.ones(3, 2)
+        >>> solutions(curv, vectors, 1, preconditioner=None, tolerance=1e-6, max_iterations=9)[0]
+        tensor([1.0000, 0.2500])
+    """
+    leaves, structure = flatten(vectors)
+    number, shapes = leaves[0].shape[:leading].numel(), [leaf.shape[leading:] for leaf in leaves]
+    widths = [shape.numel() for shape in shapes]
+
+    def on_rows(operator: Operator) -> Callable[[Tensor], Tensor]:
+        def product(stack: Tensor) -> Tensor:
+            parts = [x.reshape(-1, *shape) for x, shape in zip(stack.split(widths, 1), shapes, strict=True)]
+            images = flatten(operator.apply(unflatten(structure, parts), 1))[0]
+            return torch.cat([x.reshape(len(stack), width) for x, width in zip(images, widths, strict=True)], 1)
+
+        return product
+
+    rows = torch.cat([leaf.reshape(number, width) for leaf, width in zip(leaves, widths, strict=True)], 1)
+    solved = [
+        conjugate_gradient(
+            on_rows(operator),
+            part,
+            preconditioner=None if preconditioner is None else on_rows(preconditioner),
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            stacked=True,
+        )
+        for part in rows.split(max(1, ELEMENTS_AT_ONCE // max(1, sum(widths))))
+    ]
+    columns = zip(torch.cat(solved).split(widths, 1), leaves, strict=True)
+    return unflatten(structure, [column.reshape(leaf.shape) for column, leaf in columns])
