@@ -67,6 +67,10 @@ class UnusedParameterError(CaptureError):
     """The model never used a parameter of its domain."""
 
 
+class BatchAxisError(CaptureError):
+    """The first axis of a model's outputs does not count the examples of its inputs."""
+
+
 class ArgumentError(CurvlibError, ValueError):
     """An argument has a value that is not one of the documented ones."""
 

@@ -1,6 +1,7 @@
 """Which tensors of a run hold elements of which parameters: through views, copies and casts.
 
 A parameter is known by its storage, which all its views share; a copy to another dtype or memory format is followed.
+A view or copy that carries no gradient (detach, data) is data like any other.
 """
 
 from __future__ import annotations
@@ -75,8 +76,13 @@ class Aliases:
         self.by_storage = {storage(leaf): Alias(i, leaf, 0) for i, leaf in enumerate(stand_ins)}
 
     def of(self, value: Any) -> Alias | None:
-        """The leaf that a tensor shares its storage with."""
-        return self.by_storage.get(storage(value)) if isinstance(value, Tensor) else None
+        """The leaf that a tensor shares its storage with, unless it was detached from it.
+
+        Where gradients are disabled nothing tells the two apart.
+        """
+        if not isinstance(value, Tensor) or (torch.is_grad_enabled() and not value.requires_grad):
+            return None
+        return self.by_storage.get(storage(value))
 
     def region(self, value: Any) -> Region | None:
         """The elements of a leaf that a tensor is a view of."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from curvlib.capture.aliases import COPIES, LIKE, Aliases, parameters, storage, tensors_in
 from curvlib.capture.choices import Choices
 from curvlib.capture.examples import Examples, expand_examples
+from curvlib.capture.flow import RESHAPING, Flow
 from curvlib.capture.plan import Chosen, Route, Site, Size
 from curvlib.capture.routing import counted
 from curvlib.errors import CaptureError
@@ -28,16 +28,6 @@ from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.table import Entry, Inspection
 from curvlib.operators.layout import Region
 from curvlib.pytree import Domain
-
-RESHAPES = {
-    Tensor.view,
-    Tensor.reshape,
-    torch.reshape,
-    Tensor.flatten,
-    torch.flatten,
-    Tensor.view_as,
-    Tensor.reshape_as,
-}
 
 
 @dataclasses.dataclass
@@ -74,10 +64,18 @@ class Discover(TorchFunctionMode):
         self.aliases = Aliases(domain)
         self.choices = None if examples.chosen is None else Choices(examples.number, examples.chosen)
         self.calls = 0
-        self.interleaved: str | None = None
+        self.flow = Flow(examples, {})
         self.sites: list[Site] = []
         self.regions: list[tuple[Region, ...]] = []  # by site
+        self.nodes: list[Any] = []  # of the graph, by site
         self.products: dict[int, Product] = {}
+
+    def follow(self, stand_ins: list[Tensor], inputs: Any) -> None:
+        """Makes the tensors known that a run starts with."""
+        self.aliases.follow(stand_ins)
+        names = zip(map(storage, stand_ins), self.domain.names, strict=True)
+        self.flow = Flow(self.examples, dict(names))
+        self.flow.start(inputs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -89,8 +87,6 @@ class Discover(TorchFunctionMode):
         result = func(*args, **kwargs) if self.choices is None else self.choices.call(func, args, kwargs)
         operands = tensors_in((args, kwargs))
         outputs = tensors_in(result)
-        if self.examples.marked and func in RESHAPES:
-            self.note_interleaving(func, operands[0], outputs[0])
         if outputs:
             for operand in operands:
                 if id(operand) in self.products:
@@ -100,12 +96,12 @@ class Discover(TorchFunctionMode):
         used = {alias.leaf for alias in map(self.aliases.of, operands) if alias is not None}
         if not used or not outputs:
             return result
+        if torch.is_grad_enabled() and not any(output.requires_grad for output in outputs):
+            return result  # detached, compared, rounded: nothing is trained through it
         names = parameters(self.domain, sorted(used))
         name = getattr(func, "__name__", str(func))
         over_examples = entry is not None and self.over_rows(outputs[0])
         if all(self.aliases.of(output) is not None for output in outputs) and not over_examples:
-            if name.endswith("_") and not name.endswith("__"):
-                raise CaptureError(f"{name!r} changes {names} in place; model_fn must be pure")
             return result
         if func in COPIES and (
             self.aliases.of(operands[0]) is None or self.aliases.follow_copy(operands[0], outputs[0])
@@ -117,8 +113,8 @@ class Discover(TorchFunctionMode):
             raise CaptureError(
                 f"{name!r} (after {self.calls} known calls) uses {names}, which curvlib does not understand: rewrite "
                 "the call with a known one (linear, matmul, einsum, addmm, convolution, embedding, a norm, add, sub, "
-                "mul), add an entry to the layer table (curvlib.layers), or leave the parameter out of params by "
-                "closing over it in model_fn"
+                "mul), add an entry to the layer table (curvlib.layers), leave the parameter out of params by closing "
+                "over it in model_fn, or detach it if this use is to carry no gradient"
             )
         try:
             return self.match(entry, result, args, kwargs, used)
@@ -127,6 +123,12 @@ class Discover(TorchFunctionMode):
 
     def match(self, entry: Entry, result: Tensor, args: Any, kwargs: Any, used: set[int]) -> Tensor:
         """Records the call as a site; returns its output, with an axis of examples if it is to have one."""
+        if not torch.is_grad_enabled():
+            raise CaptureError(
+                "it is used where gradients are disabled (torch.no_grad, the forward pass of a custom autograd "
+                "function, or reentrant activation checkpointing, for which use_reentrant=False is the remedy): "
+                "detach a parameter that is to carry no gradient there, or close over it in model_fn"
+            )
         ordinal = self.calls - 1
         batch = self.examples.axis(result)
         chosen = self.examples.chosen_axis(result)
@@ -145,17 +147,27 @@ class Discover(TorchFunctionMode):
             result = expand_examples(result, self.examples.number)
             self.expanded[storage(result)] = result
         sizes = self.examples.sizes(output)
-        if self.interleaved is not None and any(k > 1 and counts for k, counts in sizes):
+        scattered = self.flow.scattered(result)
+        if scattered in RESHAPING:
             raise CaptureError(
-                f"{self.interleaved!r} flattened the axis of examples behind another axis, so that the rows of an "
-                "example do not lie together; bring the examples to the front before flattening"
+                "'reshape' flattened the axis of examples behind another axis, so that the rows of an example do not "
+                "lie together; bring the examples to the front before flattening"
             )
         found = None if chosen is None else self.describe(use.read(entry.arguments(args, kwargs)), sizes)
         layer = use.layer if found is None else counted(use.layer, loose=found.loose)
         site = Site(
-            ordinal, entry.name, (layer,), use.operand, result.dtype, sizes, expanded=rows is None, chosen=found
+            ordinal,
+            entry.name,
+            (layer,),
+            use.operand,
+            result.dtype,
+            sizes,
+            expanded=rows is None,
+            scattered=scattered is not None,
+            chosen=found,
         )
         self.sites.append(site)
+        self.nodes.append(result.grad_fn)
         self.regions.append(self.aliases.regions(tensors_in((args, kwargs))))
         for operand in tensors_in((args, kwargs)):
             product = self.products.get(id(operand))
@@ -184,14 +196,6 @@ class Discover(TorchFunctionMode):
             raise CaptureError("rows that are chosen by values meet an axis of examples")
         return Chosen(self.examples.sizes(operand), operand.dtype, loose)
 
-    def note_interleaving(self, func: Any, operand: Tensor, output: Tensor) -> None:
-        """Notices where an axis of examples is merged behind another one: [T, N, d] -> [T N, d]."""
-        before, after = self.examples.axis(operand), self.examples.axis(output)
-        if before is None or after is None:
-            return
-        if math.prod(operand.shape[:before]) > math.prod(output.shape[:after]):
-            self.interleaved = getattr(func, "__name__", str(func))
-
     def check_expanded(self, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
         """An axis of examples that a site was given must stay one axis: not be summed away, nor meet another one."""
         if not any(storage(operand) in self.expanded for operand in operands):
@@ -216,6 +220,11 @@ class Discover(TorchFunctionMode):
 
     def settled(self, outputs: Any) -> tuple[list[Site], tuple[Route, ...]]:
         """All sites, and the routes to them; x @ W + b is one linear layer with bias if nothing else reads x @ W."""
+        reached = graph_of(outputs)
+        self.sites = [
+            dataclasses.replace(site, reaches=node in reached)
+            for site, node in zip(self.sites, self.nodes, strict=True)
+        ]
         sites: list[Site | None] = list(self.sites)
         returned = {id(tensor) for tensor in tensors_in(outputs)}
         for key, product in self.products.items():
@@ -235,3 +244,15 @@ class Discover(TorchFunctionMode):
             for i, (regions, site, number) in enumerate(zip(self.regions, sites, numbers, strict=False))
         )
         return [site for site in sites if site is not None], routes if self.choices is not None else ()
+
+
+def graph_of(output: Tensor) -> set[Any]:
+    """The nodes of the graph of gradients that a tensor's own gradient passes through."""
+    found: set[Any] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found

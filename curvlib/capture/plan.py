@@ -44,6 +44,8 @@ class Site:
         dtype: the output's dtype.
         shape: the output's shape; (k, True) stands for k times the number of examples, or of chosen rows.
         expanded: the output has no axis of examples and is expanded by one, in front.
+        reaches: gradients of the model's output reach the call's output.
+        scattered: the rows of one example do not lie together on the axis of examples.
         chosen: not None if the call's rows are chosen by values, so that their number differs from batch to batch.
     """
 
@@ -54,6 +56,8 @@ class Site:
     dtype: torch.dtype
     shape: tuple[Size, ...]
     expanded: bool
+    reaches: bool = True
+    scattered: bool = False
     chosen: Chosen | None = None
 
     @property
@@ -127,6 +131,8 @@ class Plan:
         static: whether it holds for every batch of the same shapes (false if control flow depends on values).
         output: the shape of the model's output.
         routes: the calls that use parameters, if the model chooses rows by values: a batch may lack those on such rows.
+        mixed: what makes the outputs of an example depend on other examples, in words; None: nothing does.
+        writes_inputs: whether the model changes its inputs in place.
 
     Example:
         >>> import curvlib as cv
@@ -143,6 +149,8 @@ class Plan:
     output: tuple[Size, ...]
     static: bool
     routes: tuple[Route, ...] = ()
+    mixed: str | None = None
+    writes_inputs: bool = False
 
     def output_shape(self, examples: int) -> tuple[int, ...]:
         """The shape of the model's output for N examples."""
@@ -168,6 +176,7 @@ class Plan:
             f"{len(self.domain.names)} parameters in {len(self.sites)} of {self.calls} known calls, "
             f"{len(self.blocks)} blocks; output {shape_text(self.output)}"
             + ("; R: rows chosen by values" if any(site.chosen for site in self.sites) else "")
+            + (f"; examples depend on each other: {self.mixed}" if self.mixed else "")
         )
         return "\n".join(lines)
 

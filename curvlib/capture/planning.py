@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,17 @@ from curvlib.capture.aliases import parameters, tensors_in
 from curvlib.capture.blocks import assign, split_lone_biases
 from curvlib.capture.discover import Discover
 from curvlib.capture.examples import Examples
-from curvlib.capture.plan import Plan, Site
-from curvlib.capture.routing import loosened
-from curvlib.errors import CaptureError, CurvlibError, DeviceError, EmptyBatchError, UnusedParameterError
+from curvlib.capture.independence import mixed_by_values
+from curvlib.capture.plan import Plan, Site, shape_text
+from curvlib.capture.routing import loosened, nothing_saved
+from curvlib.errors import (
+    BatchAxisError,
+    CaptureError,
+    CurvlibError,
+    DeviceError,
+    EmptyBatchError,
+    UnusedParameterError,
+)
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -76,13 +85,17 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
         runs.append((Examples(number, marked=False), False))
     failure: Exception | None = None
     for examples, fake in runs:
-        with outside_transforms(), quiet(), torch.no_grad():
+        with outside_transforms(), quiet():
             try:
-                return discover(model_fn, domain, leaves, (inputs, number), examples, fake=fake)
+                found = discover(model_fn, domain, leaves, (inputs, number), examples, fake=fake)
             except CurvlibError:
                 raise
             except Exception as error:  # a model may refuse fake tensors in any way; the last run is a real one
                 failure = error
+                continue
+        if examples.marked:
+            return found
+        return dataclasses.replace(found, mixed=mixed_by_values(model_fn, params, inputs, number))
     assert failure is not None
     raise failure
 
@@ -122,6 +135,7 @@ def discover(
     if mode.follows_branches:
         raise GuessError
     found, routes = mode.settled(outputs)
+    mixed = mode.flow.content(outputs)
     sites = split_lone_biases(found)
     used = {region.leaf for site in sites for layer in site.layers for region in layer.regions}
     unused = [leaf for leaf in range(len(domain.names)) if leaf not in used]
@@ -132,15 +146,26 @@ def discover(
         )
     blocks = assign(domain, sites)
     sites = loosened(domain, sites, blocks)
-    return Plan(domain, tuple(sites), blocks, mode.calls, examples.sizes(outputs), static=fake, routes=routes)
+    if not any(site.reaches for site in sites):
+        raise CaptureError(
+            f"no gradient of the outputs reaches {parameters(domain, sorted(used))}: somewhere between them model_fn "
+            "detaches, runs without gradients (torch.no_grad, torch.inference_mode), or takes integers (argmax)"
+        )
+    return Plan(
+        domain,
+        tuple(sites),
+        blocks,
+        mode.calls,
+        examples.sizes(outputs),
+        static=fake,
+        routes=routes,
+        mixed=None if mixed is None else mixed.mixed,
+        writes_inputs=mode.flow.writes_inputs,
+    )
 
 
 class GuessError(Exception):
     """Values were guessed that no row depends on that is chosen; another way to run the model knows them."""
-
-
-class BatchAxisError(Exception):
-    """The first axis of the outputs does not count the examples; another way to run the model may show it."""
 
 
 def check_outputs(outputs: Any, examples: Examples) -> None:
@@ -149,8 +174,9 @@ def check_outputs(outputs: Any, examples: Examples) -> None:
         raise CaptureError(f"model_fn must return one tensor [N, ...], not a {type(outputs).__name__}")
     if outputs.ndim == 0 or outputs.shape[0] != examples.number:
         raise BatchAxisError(
-            f"model_fn must return outputs whose first axis counts the examples of the inputs, got the shape "
-            f"{tuple(outputs.shape)} for {examples.number} examples"
+            "model_fn must return outputs whose first axis counts the examples, as the first axis of the inputs does, "
+            f"got the shape {shape_text(examples.sizes(outputs))} for N examples: if the examples are on another axis "
+            "(time first, say), give model_fn inputs with the examples in front and transpose inside"
         )
 
 
@@ -164,25 +190,32 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, int], *, fake: bool
     inputs, number = batch
     domain, examples = mode.domain, mode.examples
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # gradients tell which uses of a parameter carry one
+
+        def stand_in(x: Tensor) -> Tensor:
+            if not fake:
+                return x.detach().clone()
+            shape = tuple(map(int, x.shape))
+            shape = (examples.number, *shape[1:]) if shape[:1] == (number,) else shape
+            return torch.empty(shape, dtype=x.dtype, device=x.device)
+
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-
-            def fake_input(x: Tensor) -> Tensor:
-                shape = tuple(map(int, x.shape))
-                shape = (examples.number, *shape[1:]) if shape[:1] == (number,) else shape
-                return torch.empty(shape, dtype=x.dtype, device=x.device)
-
-            stand_ins = [
+            originals = [
                 torch.empty(shape, dtype=x.dtype, device=x.device)
                 for shape, x in zip(domain.shapes, mode.originals, strict=True)
             ]
-            inputs = torch_pytree.tree_map_only(Tensor, fake_input, inputs)
         else:
             devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
             stack.enter_context(torch.random.fork_rng(devices))
-            stand_ins = [leaf.detach().clone(memory_format=torch.contiguous_format) for leaf in mode.originals]
-        mode.aliases.follow(stand_ins)
+            stack.enter_context(nothing_saved())
+            originals = [leaf.detach() for leaf in mode.originals]
+        inputs = torch_pytree.tree_map_only(Tensor, stand_in, inputs)
+        # copies, as a model may write to no leaf that requires a gradient, and writing is to be found by name
+        stand_ins = [x.requires_grad_().clone(memory_format=torch.contiguous_format) for x in originals]
+        mode.follow(stand_ins, inputs)
         stack.enter_context(mode)
+        stack.enter_context(mode.flow)
         return model_fn(domain.tree(stand_ins), inputs)
 
 

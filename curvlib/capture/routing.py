@@ -6,6 +6,7 @@ number of its rows is another in each batch. One more run, forward only, finds b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -93,12 +94,17 @@ def located(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, examples: 
         )
     leaves = flatten(params)[0]
     devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        stand_ins = separate([leaf.detach() for leaf in leaves])
+    with torch.random.fork_rng(devices), torch.enable_grad(), nothing_saved():
+        stand_ins = [leaf.requires_grad_() for leaf in separate([leaf.detach() for leaf in leaves])]
         mode = Locate(plan, stand_ins, examples)
         with mode:
             model_fn(plan.domain.tree(stand_ins), inputs)
     return mode.plan()
+
+
+def nothing_saved() -> contextlib.AbstractContextManager[None]:
+    """Lets a graph be recorded that nobody pulls back: it holds on to no tensor."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
 
 
 def separate(leaves: list[Tensor]) -> list[Tensor]:

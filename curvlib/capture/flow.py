@@ -1,0 +1,324 @@
+"""What happens to the axis of examples, and to the storages a model must not write to, operation by operation.
+
+In the run that finds out about a model the number of examples is a prime that divides no other size. An operation
+that takes the axis away, normalizes along it or moves entries along it makes examples depend on each other, unless
+what it makes never reaches the output. Rows that are chosen by values, whose number is another prime, count as
+examples too: each belongs to one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvlib.capture.aliases import storage, tensors_in
+from curvlib.capture.examples import Examples
+from curvlib.errors import CaptureError
+
+DIMENSIONS = ("dim", "dims", "dim0", "dim1", "dimension", "axis", "axes")
+REARRANGING = {
+    "alias", "clone", "detach", "diagonal", "expand", "movedim", "permute", "repeat", "squeeze", "stack", "swapaxes",
+    "t", "transpose", "transpose_", "unsqueeze", "unsqueeze_", "squeeze_", "t_", "_to_copy", "contiguous",
+}  # fmt: skip
+RESHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+CUTTING = {
+    "slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "narrow",
+}  # fmt: skip
+INDEXING = {
+    "index", "index_put", "index_put_", "_index_put_impl_", "index_add", "index_add_", "index_copy", "index_copy_",
+    "index_select", "index_fill", "index_fill_",
+}  # fmt: skip
+MATRIX = ("_scaled_dot_product", "_fused_sdp", "linalg_", "_linalg", "cholesky", "triangular_solve")
+RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
+MANY_PIECES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a tensor that depends on the inputs holds.
+
+    Attributes:
+        mixed: what made its entries depend on several examples at once; None: each belongs to one example.
+        behind: entries an example has behind each other on the axis of examples. It is all of them if they lie
+            together (example-major), and 1 for batches in a row.
+        scattered: the operation after which those of an example do not lie together any more.
+    """
+
+    mixed: str | None
+    behind: int
+    scattered: str | None = None
+
+
+class Flow(TorchDispatchMode):
+    """Follows what depends on the inputs through a run of a model.
+
+    Attributes:
+        examples: which axes count examples.
+        writes_inputs: whether the model changes its inputs in place.
+    """
+
+    def __init__(self, examples: Examples, parameters: dict[int, str]) -> None:
+        super().__init__()
+        self.examples = examples
+        self.parameters = parameters  # names by storage
+        self.writes_inputs = False
+        self.inputs: set[int] = set()  # storages
+        self.contents: dict[int, tuple[Tensor, Content]] = {}  # by identity; tensors are kept alive
+        self.written: dict[int, Content] = {}  # by storage
+        self.ranges: dict[int, Tensor] = {}  # 0, 1, ..., N - 1, in any shape
+        self.entries: dict[int, set[int]] = {}  # by storage: which single examples were taken out
+
+    def start(self, inputs: Any) -> None:
+        """Makes the inputs known."""
+        for tensor in tensors_in(inputs):
+            self.inputs.add(storage(tensor))
+            if self.axis(tensor) is not None:
+                self.hold(tensor, Content(None, self.multiple(tensor)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        targets = self.targets(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if self.examples.marked:
+            self.follow(func, args, kwargs, result, targets)
+        return result
+
+    def targets(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """The tensors that an operation writes to.
+
+        Raises:
+            CaptureError: one of them is a parameter; names it.
+        """
+        if not func._schema.is_mutable:
+            return []
+        found = []
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.is_write:
+                found += tensors_in(args[place] if place < len(args) else kwargs.get(argument.name))
+        for tensor in found:
+            key = storage(tensor)
+            if key in self.parameters:
+                raise CaptureError(
+                    f"{operation(func)!r} changes parameter {self.parameters[key]!r} in place, and model_fn must be "
+                    "pure: change it outside of model_fn (for an embedding: max_norm=None, and renormalize its rows "
+                    "before)"
+                )
+            self.writes_inputs |= key in self.inputs
+        return found
+
+    # --- contents --------------------------------------------------------------------------------------------------
+
+    def content(self, tensor: Tensor) -> Content | None:
+        """What a tensor is known to hold; None: nothing that depends on the inputs."""
+        written = self.written.get(storage(tensor))
+        if written is not None and written.mixed is not None:
+            return written
+        held = self.contents.get(id(tensor))
+        return written if held is None else held[1]
+
+    def hold(self, tensor: Tensor, content: Content) -> None:
+        self.contents[id(tensor)] = tensor, content
+
+    def axis(self, tensor: Tensor) -> int | None:
+        """The axis that counts examples, or rows chosen by values."""
+        axis = self.examples.axis(tensor) if self.examples.marked else None
+        return self.examples.chosen_axis(tensor) if axis is None else axis
+
+    def multiple(self, tensor: Tensor) -> int:
+        """How many entries the axis of examples has for each example."""
+        axis = self.axis(tensor)
+        if axis is None:
+            return 1
+        prime = self.examples.number
+        return max(1, int(tensor.shape[axis]) // prime) if tensor.shape[axis] % prime == 0 else 1
+
+    def scattered(self, tensor: Tensor) -> str | None:
+        """The operation after which the entries of one example do not lie together any more."""
+        content = self.content(tensor)
+        return None if content is None or content.behind == self.multiple(tensor) else content.scattered
+
+    def follow(self, func: Any, args: Any, kwargs: Any, result: Any, targets: list[Tensor]) -> None:
+        """Finds out what the results of an operation hold."""
+        operands, outputs = tensors_in((args, kwargs)), tensors_in(result)
+        found = [(x, content) for x in operands if (content := self.content(x)) is not None]
+        name = operation(func)
+        if not found:
+            if is_range(name, func, args, kwargs, self.examples.number) or (
+                any(id(x) in self.ranges for x in operands) and name in REARRANGING | RESHAPING
+            ):
+                self.ranges.update({id(x): x for x in outputs})
+            return
+        if name.endswith("_like") or name.startswith("new_"):
+            return
+        arguments = bound(func, args, kwargs)
+        mixed = next((content.mixed for _, content in found if content.mixed is not None), None)
+        if mixed is None:
+            mixed = self.mixing(name, arguments, [x for x, _ in found], outputs)
+        for output in outputs:
+            behind = self.behind(name, arguments, found, output)
+            if mixed is None and behind == 0 and name in RESHAPING:
+                mixed = f"{name!r} joins entries of several examples"
+            scattered = None
+            if behind != self.multiple(output):
+                scattered = next((content.scattered for _, content in found if content.scattered is not None), name)
+            self.hold(output, Content(mixed, behind, scattered))
+        for target in targets:
+            key = storage(target)
+            if self.written.get(key, Content(None, 1)).mixed is None:
+                self.written[key] = Content(mixed, self.multiple(target))
+
+    def behind(
+        self, name: str, arguments: dict[str, Any], found: Sequence[tuple[Tensor, Content]], output: Tensor
+    ) -> int:
+        """How many entries an example has behind each other on the output's axis of examples; 0: in other places."""
+        whole, axis = self.multiple(output), self.axis(output)
+        operand, content = found[0]
+        if axis is None:
+            return whole
+        if name in RESHAPING:
+            stride = content.behind * math.prod(operand.shape[(self.axis(operand) or 0) + 1 :])
+            inner = math.prod(output.shape[axis + 1 :])
+            return stride // inner if inner and stride % inner == 0 and whole * inner >= stride else 0
+        if whole == 1:
+            return 1
+        joined = name == "cat" and axis in dimensions(arguments, output.ndim)
+        if joined or (name == "repeat" and whole != self.multiple(operand)):
+            return 1 if all(c.behind == 1 for _, c in found) else 0
+        return next((c.behind for x, c in found if self.multiple(x) == whole and c.behind != whole), whole)
+
+    # --- which operations mix examples -------------------------------------------------------------------------------
+
+    def mixing(self, name: str, arguments: dict[str, Any], operands: list[Tensor], outputs: list[Tensor]) -> str | None:
+        """What an operation does to the axis of examples that makes them depend on each other, in words."""
+        axes = [(x, axis) for x in operands if (axis := self.axis(x)) is not None]
+        for operand, axis in axes:
+            if name in CUTTING:
+                return self.cutting(name, arguments, operand, axis, outputs)
+            if name in INDEXING and self.moves(arguments):
+                return f"{name!r} moves entries from example to example"
+            if name not in INDEXING and along(name, arguments, operand, axis):
+                return f"{name!r} works along the axis of examples"
+        for output in outputs:
+            if output.numel() and self.axis(output) is None and not name.startswith("_scaled_dot_product"):
+                return f"{name!r} takes the axis of examples away"
+            if self.pairs(output) and not any(self.pairs(x) for x in operands):
+                return f"{name!r} combines each example with every other"
+        return None
+
+    def pairs(self, tensor: Tensor) -> bool:
+        """Whether two axes count examples."""
+        return sum(n > 0 and n % self.examples.number == 0 for n in tensor.shape) > 1
+
+    def cutting(
+        self, name: str, arguments: dict[str, Any], operand: Tensor, axis: int, outputs: list[Tensor]
+    ) -> str | None:
+        """`mixing` of slices, entries and pieces; noticed early where a model goes through its examples in a loop."""
+        if axis not in dimensions(arguments, operand.ndim):
+            return None
+        if name == "select":
+            taken = self.entries.setdefault(storage(operand), set())
+            taken.add(int(arguments["index"]))
+        if (name == "select" and len(taken) > 1) or len(outputs) > MANY_PIECES:
+            raise CaptureError(
+                f"the model goes through the first axis of its inputs entry by entry ({name!r}), and that axis counts "
+                "the examples: write it for all examples at once (torch.vmap does it for a function of one); if the "
+                "first axis is another one (time, layers), give model_fn inputs with the examples in front and "
+                "transpose inside"
+            )
+        whole_batches = self.contents_in_rows(operand) and all(
+            self.axis(x) == axis and int(arguments.get("start") or 0) % self.examples.number == 0 for x in outputs
+        )
+        uncut = all(x.shape[axis : axis + 1] == operand.shape[axis : axis + 1] for x in outputs)
+        return None if uncut or whole_batches else f"{name!r} takes some of the examples"
+
+    def contents_in_rows(self, tensor: Tensor) -> bool:
+        """Whether the axis of examples holds several batches in a row, so that it can be cut between them."""
+        content = self.content(tensor)
+        return content is not None and content.behind == 1 < self.multiple(tensor)
+
+    def moves(self, arguments: dict[str, Any]) -> bool:
+        """Whether an index chooses along the axis of examples, other than for each example its own entries."""
+        indexed = arguments["self"]
+        axis = self.axis(indexed)
+        if "indices" in arguments:
+            indices = list(arguments["indices"])
+            index = indices[axis] if axis is not None and axis < len(indices) else None
+            return index is not None and not self.is_own(index)
+        return int(arguments["dim"]) % indexed.ndim == axis and not self.is_own(arguments["index"])
+
+    def is_own(self, index: Tensor) -> bool:
+        """Whether an index along the axis of examples is 0, 1, ..., N - 1, or finds rows chosen by values."""
+        return id(index) in self.ranges or self.examples.chosen_axis(index) is not None
+
+
+@functools.cache
+def operation(func: Any) -> str:
+    """The name of an operation."""
+    name: str = func._schema.name.split("::")[-1]
+    return name
+
+
+@functools.cache
+def signature(func: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of an operation's arguments, and its defaults."""
+    arguments = func._schema.arguments
+    return tuple(x.name for x in arguments), {x.name: x.default_value for x in arguments if x.has_default_value()}
+
+
+def bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An operation's arguments by name, with its defaults."""
+    names, defaults = signature(func)
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
+
+
+def dimensions(arguments: dict[str, Any], ndim: int) -> set[int]:
+    """The axes that an operation is told to work along."""
+    found: set[int] = set()
+    for name in DIMENSIONS:
+        value = arguments.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            found.add(value % max(1, ndim))
+        elif isinstance(value, (list, tuple)):
+            found |= {int(axis) % max(1, ndim) for axis in value}
+    return found
+
+
+def along(name: str, arguments: dict[str, Any], operand: Tensor, axis: int) -> bool:
+    """Whether an operation computes along one axis of an operand, so that entries there meet."""
+    ndim = operand.ndim
+    if name in REARRANGING or name in RESHAPING or name in ("cat", "linalg_vector_norm"):
+        return False
+    if name.startswith(MATRIX) and name != "linalg_cross":
+        return axis >= ndim - 2
+    if "convolution" in name:
+        return axis != 0 and not (axis == 1 and arguments["groups"] % operand.shape[1] == 0)
+    if "batch_norm" in name:
+        return axis != 1 and bool(arguments.get("training", arguments.get("train", "with_update" in name)))
+    if name in RECURRENT:
+        return axis != (0 if arguments.get("batch_first") else 1)
+    if name == "native_layer_norm":
+        return axis >= ndim - len(arguments["normalized_shape"])
+    if name == "constant_pad_nd":
+        pad = arguments["pad"]
+        return any(pad[2 * (ndim - 1 - axis) : 2 * (ndim - axis)])
+    if name == "renorm":
+        return axis not in dimensions(arguments, ndim)
+    if name == "roll" and not arguments["dims"]:
+        return True
+    return axis in dimensions(arguments, ndim)
+
+
+def is_range(name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], number: int) -> bool:
+    """Whether an operation makes 0, 1, ..., N - 1."""
+    if name != "arange":
+        return False
+    arguments = bound(func, args, kwargs)
+    return (arguments.get("start", 0), arguments["end"], arguments.get("step", 1)) == (0, number, 1)
