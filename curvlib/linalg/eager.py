@@ -1,8 +1,14 @@
-"""Whether code runs eagerly, outside of every transform and trace."""
+"""Whether code runs eagerly, outside of every transform and trace, and surroundings that let it be differentiated."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -35,3 +41,62 @@ def may_look_at(tensor: Tensor) -> bool:
         tensor([0., 0.])
     """
     return is_eager() and tensor.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Records gradients inside, wherever it is called: under `torch.no_grad` and `torch.inference_mode` too.
+
+    Tensors that were made in inference mode take part once they are `ordinary`.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     w = torch.ones(2)
+        ...     with differentiable():
+        ...         gradient = torch.func.grad(lambda w: w.square().sum())(ordinary(w))
+        >>> gradient
+        tensor([2., 2.])
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def ordinary(tree: Any) -> Any:
+    """A pytree with copies of the tensors that were made in inference mode, through which no gradient can be taken.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     made_there = torch.ones(2)
+        >>> made_there.is_inference(), ordinary({"w": made_there})["w"].is_inference()
+        (True, False)
+    """
+    if torch.compiler.is_compiling():
+        return tree
+
+    def copy(x: Tensor) -> Tensor:
+        if not x.is_inference():
+            return x
+        with torch.inference_mode(False):
+            return x.detach().clone()
+
+    return torch_pytree.tree_map_only(Tensor, copy, tree)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs what `torch.compile` has compiled as it was written: compiled code takes part in no transform or mode.
+
+    Example:
+        >>> double = torch.compile(lambda x: 2 * x)
+        >>> with uncompiled():
+        ...     torch.func.jvp(double, (torch.ones(2),), (torch.ones(2),))[1]
+        tensor([2., 2.])
+    """
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # nothing is compiled before it is imported
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
