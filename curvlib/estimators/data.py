@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from curvlib.errors import ArgumentError, EmptyBatchError
@@ -58,6 +59,101 @@ def repeatable(batch: Batch | DataSet) -> None:
             "the data set is read more than once, but its loader is an iterator that is used up after the first time; "
             "give cv.over a list or a DataLoader"
         )
+
+
+def check_order(batch: Batch | DataSet, what: str) -> None:
+    """Refuses a loader that gives its examples in random order, where the order matters.
+
+    Args:
+        batch: a batch, or a data set.
+        what: why the order matters, the beginning of the message: "scores have one column an example".
+
+    Raises:
+        ArgumentError: a sampler draws the order, or workers race for it.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> from torch.utils.data import DataLoader
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4, 1))
+        >>> check_order(cv.over(DataLoader(data, 2)), "draws belong to examples")
+        >>> check_order(cv.over(DataLoader(data, 2, shuffle=True)), "draws belong to examples")
+        Traceback (most recent call last):
+            ...
+        curvlib.errors.ArgumentError: draws belong to examples, but the loader gives them in random order \
+(RandomSampler): use shuffle=False, or a sampler with a fixed order
+    """
+    sampler = random_sampler(batch)
+    if sampler is not None:
+        raise ArgumentError(
+            f"{what}, but the loader gives them in random order ({type(sampler).__name__}): use shuffle=False, or a "
+            "sampler with a fixed order"
+        )
+    loader = batch.loader if isinstance(batch, DataSet) else None
+    if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
+        raise ArgumentError(
+            f"{what}, but the loader gives them in the order in which its workers finish: use in_order=True"
+        )
+
+
+def check_same_examples(batch: Batch | DataSet, what: str) -> None:
+    """Refuses a loader that gives other examples each time it is read, where it is read more than once.
+
+    Args:
+        batch: a batch, or a data set.
+        what: why they must be the same, the beginning of the message.
+
+    Raises:
+        ArgumentError: examples are drawn with replacement, or a random rest of them is dropped.
+    """
+    sampler = random_sampler(batch)
+    if sampler is None or repeats_itself(sampler):
+        return
+    assert isinstance(batch, DataSet)
+    name, number, population = type(sampler).__name__, *known_sizes(sampler)
+    if getattr(sampler, "replacement", False) or (population and number and number % population):
+        raise ArgumentError(
+            f"{what}, but the loader draws other examples each time ({name}): use a loader that gives each example once"
+        )
+    batched = getattr(batch.loader, "batch_sampler", None) or batch.loader
+    size = getattr(batched, "batch_size", None)
+    if getattr(batched, "drop_last", False) and (not number or not size or number % size):
+        raise ArgumentError(
+            f"{what}, but the loader drops the last of its examples after bringing them in random order ({name}), "
+            "other ones each time: use drop_last=False, or shuffle=False"
+        )
+
+
+def random_sampler(batch: Batch | DataSet) -> Any:
+    """What brings a loader's examples in random order; None if nothing is known to do so.
+
+    It is looked for behind the batch sampler, and behind samplers that wrap others.
+    """
+    found = getattr(batch.loader, "batch_sampler", None) if isinstance(batch, DataSet) else None
+    if isinstance(batch, DataSet) and found is None:
+        found = getattr(batch.loader, "sampler", None)
+    seen: list[Any] = []
+    while found is not None and not any(found is x for x in seen):
+        if isinstance(found, RANDOM) or getattr(found, "shuffle", False) is True:
+            return found
+        seen.append(found)
+        found = next((x for x in (getattr(found, name, None) for name in INNER) if x is not None), None)
+    return None
+
+
+def repeats_itself(sampler: Any) -> bool:
+    """Whether a sampler's random order is settled by a seed and an epoch, and the same until the epoch is set."""
+    return hasattr(sampler, "seed") and hasattr(sampler, "epoch")
+
+
+def known_sizes(sampler: Any) -> tuple[int | None, int | None]:
+    """How many examples a sampler gives, and how many there are to choose from; None where that is not known."""
+    number = len(sampler) if isinstance(sampler, Sized) else None
+    pools = (getattr(sampler, name, None) for name in ("data_source", "weights", "indices"))
+    return number, next((len(pool) for pool in pools if isinstance(pool, Sized)), None)
+
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+INNER = ("batch_sampler", "sampler", "base_sampler")  # where samplers keep the one they wrap
 
 
 def batches(batch: Batch | DataSet) -> Iterator[Batch]:
