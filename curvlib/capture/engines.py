@@ -25,7 +25,7 @@ from curvlib.capture.routing import located
 from curvlib.errors import ArgumentError, CaptureError
 from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.table import Entry
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import differentiable, is_eager, ordinary, uncompiled
 from curvlib.pytree import Tree, flatten, unflatten
 
 ModelFn = Callable[[Any, Any], Any]
@@ -67,8 +67,11 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
             recorded.
         engine: "functional", "autograd", or None: functional under a transform or a trace, else autograd.
     """
+    params, inputs = ordinary((params, inputs))
     if plan.routes:
         plan = located(plan, model_fn, params, inputs, examples_in(inputs))
+    if plan.writes_inputs:
+        inputs = torch_pytree.tree_map_only(Tensor, Tensor.clone, inputs)
     if engine is None:
         engine = "autograd" if is_eager() else "functional"
     if is_eager():  # under a transform gradients may be wanted; else nothing must refer to the caller's graph
@@ -184,10 +187,11 @@ class FunctionalPullback:
             torch.zeros((), dtype=site.dtype, device=leaf.device).expand(site.output_shape(self.examples))
             for site in plan.sites
         ]
-        with torch.enable_grad():
+        with differentiable(), uncompiled():
             self.outputs, self._pull, tensors = torch.func.vjp(perturbed, zeros, has_aux=True)  # type: ignore[misc]
         self.kept: list[Any] = unflatten(structure, tensors)
 
+    @differentiable()
     def pull(self, parts: Iterable[Tensor], consume: Consume) -> None:
         """Pulls vectors back to all sites."""
         for part in parts:
@@ -224,10 +228,12 @@ class Stream:
         self.plan, self.examples = plan, examples
         self.kept: list[Any] = [None] * len(plan.sites)
         self.consume: Consume | None = None
+        self.reached: set[int] = set()
 
     def take(self, number: int, g: Tensor) -> None:
         """Hands on gradients [K, *z.shape] of a site's output, in the planned shape."""
         if self.consume is not None:
+            self.reached.add(number)
             shape = self.plan.sites[number].output_shape(self.examples)
             with torch.no_grad():
                 self.consume(number, self.kept[number], g.reshape(len(g), *shape))
@@ -246,7 +252,7 @@ class AutogradPullback:
         self.width = stack_width(plan, self.examples)
         leaves, _ = flatten(params)
         devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        with differentiable(), uncompiled(), torch.random.fork_rng(devices):
             self._root = torch.zeros((), device=leaves[0].device, requires_grad=True)
             try:
                 self._run(model_fn, params, inputs, record)
@@ -290,18 +296,31 @@ class AutogradPullback:
         """What ``record`` returned at each site."""
         return self._stream.kept
 
+    @differentiable()
     def pull(self, parts: Iterable[Tensor], consume: Consume) -> None:
-        """Pulls vectors back to all sites; the graph is released with the last of them."""
-        if not self._attached.requires_grad:
-            return
+        """Pulls vectors back to all sites; the graph is released with the last of them.
+
+        Raises:
+            CaptureError: no gradient arrived where one must.
+        """
         remaining = iter(parts)
         part = next(remaining, None)
         while part is not None:
             following = next(remaining, None)
             self._pull(part, consume, retain=following is not None)
             part = following
+        for number, site in enumerate(self.plan.sites):
+            if site.reaches and site.chosen is None and number not in self._stream.reached:
+                raise CaptureError(
+                    f"no gradient arrived at the output of call {site.ordinal}, {site.call}, though the model's output "
+                    "depends on it: model_fn detaches it or runs without gradients (torch.no_grad, "
+                    "torch.inference_mode) in this batch, or a custom autograd function gives None for its gradient; "
+                    "detach what is to carry no gradient"
+                )
 
     def _pull(self, part: Tensor, consume: Consume, *, retain: bool) -> None:
+        if not self._attached.requires_grad:
+            return
         if len(part) == 1:
             self._stream.consume = consume
             torch.autograd.grad(self._attached, [self._root], part[0], retain_graph=retain, allow_unused=True)

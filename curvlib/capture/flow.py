@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.capture.aliases import storage, tensors_in
+from curvlib.capture.choices import MASKS
 from curvlib.capture.examples import Examples
 from curvlib.errors import CaptureError
 
@@ -256,7 +257,7 @@ class Flow(TorchDispatchMode):
 
     def is_own(self, index: Tensor) -> bool:
         """Whether an index along the axis of examples is 0, 1, ..., N - 1, or finds rows chosen by values."""
-        return id(index) in self.ranges or self.examples.chosen_axis(index) is not None
+        return id(index) in self.ranges or index.dtype in MASKS or self.examples.chosen_axis(index) is not None
 
 
 @functools.cache

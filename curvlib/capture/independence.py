@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import is_eager, uncompiled
 from curvlib.pytree import Domain, Tree, flatten
 
 ModelFn = Callable[[Any, Any], Any]
@@ -43,7 +43,7 @@ def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -
                 x[0] = x[first]
             return x
 
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), uncompiled():
             values: Tensor = model_fn(params, torch_pytree.tree_map_only(Tensor, replaced, inputs))
         return values[1:]
 

@@ -30,7 +30,7 @@ from curvlib.errors import (
     EmptyBatchError,
     UnusedParameterError,
 )
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import differentiable, is_eager, uncompiled
 from curvlib.pytree import Domain, Tree, flatten
 
 ModelFn = Callable[[Any, Any], Any]
@@ -190,7 +190,8 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, int], *, fake: bool
     inputs, number = batch
     domain, examples = mode.domain, mode.examples
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())  # gradients tell which uses of a parameter carry one
+        stack.enter_context(differentiable())  # gradients tell which uses of a parameter carry one
+        stack.enter_context(uncompiled())
 
         def stand_in(x: Tensor) -> Tensor:
             if not fake:

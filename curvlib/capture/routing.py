@@ -23,7 +23,7 @@ from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.base import Axes, Entries, Layer
 from curvlib.layers.contraction import Contraction
 from curvlib.layers.elementwise import Elementwise
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import differentiable, is_eager, uncompiled
 from curvlib.operators.layout import Region
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -94,7 +94,7 @@ def located(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, examples: 
         )
     leaves = flatten(params)[0]
     devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.enable_grad(), nothing_saved():
+    with torch.random.fork_rng(devices), differentiable(), uncompiled(), nothing_saved():
         stand_ins = [leaf.requires_grad_() for leaf in separate([leaf.detach() for leaf in leaves])]
         mode = Locate(plan, stand_ins, examples)
         with mode:

@@ -62,6 +62,8 @@ class UseSums:
 class FactorCollector(Collector):
     """Forms input factors in the forward pass, and output factors as gradients arrive."""
 
+    needs_examples = False
+
     def __init__(self, now: Pass) -> None:
         self.now = now
         self.outputs: dict[Placement, Any] = {}

@@ -29,7 +29,7 @@ from curvlib.estimators.statistics import Collector, Pass, Statistics, measure_a
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import differentiable, is_eager, ordinary, uncompiled
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import Loss
 from curvlib.operators import BlockDiagonal
@@ -80,6 +80,7 @@ def objective_gradient(
         raise ArgumentError(
             "engine='autograd' does not compose with torch.func transforms and tracing; use engine='functional'"
         )
+    params, inputs, targets = ordinary((params, inputs, targets))
     domain, leaves = Domain.of(params), flatten(params)[0]
 
     def objective(leaves: Sequence[Tensor]) -> Tensor:
@@ -88,7 +89,7 @@ def objective_gradient(
     if not is_eager():
         return domain.tree(torch.func.grad(objective)(leaves))
     devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-    with torch.enable_grad(), torch.random.fork_rng(devices):
+    with differentiable(), uncompiled(), torch.random.fork_rng(devices):
         if engine == "functional":
             return domain.tree(torch.func.grad(objective)([leaf.detach() for leaf in leaves]))
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]

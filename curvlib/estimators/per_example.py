@@ -29,8 +29,10 @@ from curvlib.estimators.block_gradients import (
 from curvlib.estimators.correction import Use
 from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.row_owners import pull_with_owners
+from curvlib.estimators.statistics import require_examples
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.elementwise import Elementwise
+from curvlib.linalg.eager import differentiable, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators.blocks import Layouts
@@ -85,6 +87,7 @@ class ExampleGradients:
         return {name: self.blocks[name].inner(vectors[name]) for name, _ in self.layouts}
 
 
+@differentiable()
 def example_gradients(
     model_fn: ModelFn,
     params: Tree,
@@ -131,8 +134,10 @@ def example_gradients(
     """
     if isinstance(batch, DataSet):
         raise ArgumentError("per-example gradients are those of one batch; loop over the batches of the data set")
-    [(inputs, targets)] = batches(batch)
+    [pair] = batches(batch)
+    params, (inputs, targets) = ordinary((params, pair))
     plan = make_plan(model_fn, params, inputs) if plan is None else plan
+    require_examples(plan)
     examples = examples_in(inputs)
     loss.check(torch.empty(plan.output_shape(examples), device="meta"), targets)
     uses: dict[Place, Use] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -21,7 +22,7 @@ from curvlib.errors import CaptureError, naming
 from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.options import Options
 from curvlib.layers.base import KroneckerLayer, Layer
-from curvlib.linalg.eager import may_look_at
+from curvlib.linalg.eager import differentiable, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.pytree import Tree, flatten
 
@@ -44,7 +45,13 @@ class Pass:
 
 
 class Collector(ABC):
-    """Takes what flows through the layers in one pass, and makes one summand a block of it."""
+    """Takes what flows through the layers in one pass, and makes one summand a block of it.
+
+    Attributes:
+        needs_examples: whether it measures gradients of single examples, which must not depend on each other.
+    """
+
+    needs_examples: ClassVar[bool] = True
 
     @abstractmethod
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
@@ -101,6 +108,7 @@ class Statistics:
 Collectors = Callable[[Pass], "tuple[Collector | None, Collector | None]"]
 
 
+@differentiable()
 def measure(
     plan: Plan,
     model_fn: ModelFn,
@@ -121,7 +129,7 @@ def measure(
         generator: randomness for ``mc``.
         collectors: makes the collectors of Kronecker and of elementwise blocks; None leaves such blocks out.
     """
-    inputs, targets = batch
+    params, (inputs, targets) = ordinary((params, batch))
     loss, examples = options.loss, examples_in(inputs)
     expected = torch.empty(plan.output_shape(examples), device="meta")
     loss.check(expected, targets)
@@ -130,6 +138,8 @@ def measure(
         mask = None
     check_routing(plan, options, mask)
     kronecker, elementwise = collectors(Pass(plan, options, examples, mask))
+    single = [collector.needs_examples for collector in (kronecker, elementwise) if collector is not None]
+    check_examples(plan, options, mask, needed=single[0])
     chosen = {
         (p.site, p.layer): (p, kronecker if block.kronecker else elementwise)
         for block in plan.blocks
@@ -162,6 +172,57 @@ def measure(
     found = [(block, kronecker if block.kronecker else elementwise) for block in plan.blocks]
     sums = tuple(None if collector is None else collector.sums(block, run) for block, collector in found)
     return Statistics(plan.blocks, sums, count(run.outputs, targets), examples)
+
+
+def check_examples(plan: Plan, options: Options, mask: Tensor | None, *, needed: bool) -> None:
+    """Refuses what needs the rows or the gradients of single examples, where there are none.
+
+    Raises:
+        CaptureError: examples depend on each other, or their rows do not lie together.
+    """
+    if needed:
+        require_examples(plan)
+    for site in plan.sites:
+        ordered = mask is not None or options.sharing == "reduce"
+        if site.scattered and (ordered or not all(isinstance(layer, KroneckerLayer) for layer in site.layers)):
+            raise scattered_rows(plan, site)
+
+
+def require_examples(plan: Plan) -> None:
+    """Refuses a model whose examples have no gradients of their own.
+
+    Raises:
+        CaptureError: examples depend on each other, or their rows do not lie together.
+    """
+    if plan.mixed is not None:
+        raise CaptureError(
+            f"examples depend on each other: {plan.mixed}, so that the gradient of a single example is not defined. "
+            "Batch norm: call module.eval() first; batches with another axis in front (time): transpose inside "
+            "model_fn. `cv.kfac`, `cv.shampoo` (per_example=False), `cv.ggn` and `cv.hessian` need no single examples"
+        )
+    for site in plan.sites:
+        if site.scattered:
+            raise scattered_rows(plan, site)
+
+
+def scattered_rows(plan: Plan, site: Site) -> CaptureError:
+    """The error for rows of one example that do not lie together."""
+    names = parameters(plan.domain, dict.fromkeys(region.leaf for layer in site.layers for region in layer.regions))
+    return CaptureError(
+        f"{names} in call {site.ordinal}, {site.call}: the rows of one example do not lie together, as batches were "
+        "concatenated along the axis of examples; use torch.stack(batches, 1).flatten(0, 1), or cv.kfac with "
+        "sharing='expand', which needs no single examples"
+    )
+
+
+def warn_of_mixing(plan: Plan) -> None:
+    """Says what curvature means whose estimator needs no single examples, where examples depend on each other."""
+    if plan.mixed is not None:
+        warnings.warn(
+            f"examples depend on each other: {plan.mixed}. The output gradient of an example's row is that of the "
+            "whole batch's loss, other examples' terms included",
+            stacklevel=4,
+        )
 
 
 def check_routing(plan: Plan, options: Options, mask: Tensor | None) -> None:
@@ -243,6 +304,8 @@ def measure_all(
         if generator is None and options.fisher == "mc":
             generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
         statistics = measure(known, model_fn, params, (inputs, targets), options, generator, collectors)
+        if total is None:
+            warn_of_mixing(known)
         total = statistics if total is None else total + statistics
     assert total is not None
     return total
