@@ -91,7 +91,7 @@ class Aliases:
             return None
         place = alias.place(value)
         if place is None:
-            raise CaptureError(f"a copy of {parameters(self.domain, [alias.leaf])} is reshaped; reshape before copying")
+            raise CaptureError(f"a copy of {parameters(self.domain, [alias.leaf])} is reshaped: reshape before copying")
         return Region.strided(alias.leaf, self.domain.shapes[alias.leaf], place[0], value.shape, place[1])
 
     def regions(self, values: Iterable[Any]) -> tuple[Region, ...]:

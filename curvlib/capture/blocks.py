@@ -15,6 +15,7 @@ from curvlib.capture.plan import Block, Placement, Site
 from curvlib.errors import CaptureError
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.elementwise import Elementwise
+from curvlib.layers.remedies import EXACT
 from curvlib.operators.layout import Layout, Region
 from curvlib.pytree import Domain
 
@@ -73,7 +74,8 @@ def assign(domain: Domain, sites: list[Site]) -> tuple[Block, ...]:
     for region in (region for block in blocks for region in block.layout.pieces):
         if region.leaf in elementwise:
             raise CaptureError(
-                f"parameter {domain.names[region.leaf]!r} is used both as a weight and elementwise; split it in two"
+                f"parameter {domain.names[region.leaf]!r} is used both as a weight and elementwise: split it in two. "
+                f"{EXACT}"
             )
     check_coverage(domain, [region for block in blocks for region in block.layout.pieces])
     for leaves, placements in groups:
@@ -93,7 +95,7 @@ def matrix_block(domain: Domain, uses: list[tuple[KroneckerLayer, Placement]]) -
         else:
             raise CaptureError(
                 f"parameter {domain.names[first.weight.leaf]!r} is used as two different matrices, "
-                f"{first.weight.shape} and {layer.weight.shape}; use it in one shape"
+                f"{first.weight.shape} and {layer.weight.shape}: use it in one shape. {EXACT}"
             )
     name = domain.names[first.weight.leaf]
     return Block(name, first.layout, True, tuple(placements))
@@ -124,12 +126,13 @@ def check_coverage(domain: Domain, regions: list[Region]) -> None:
             count += part.scatter(torch.ones(part.shape, dtype=torch.int8))
         if (count > 1).any():
             raise CaptureError(
-                f"parameter {domain.names[leaf]!r} is used through views that overlap; use disjoint slices of it"
+                f"parameter {domain.names[leaf]!r} is used through views that overlap: use disjoint slices of it. "
+                f"{EXACT}"
             )
         if (count == 0).any():
             raise CaptureError(
-                f"only {int(count.sum())} of {count.numel()} elements of parameter {domain.names[leaf]!r} are used; "
-                "slice it outside model_fn"
+                f"only {int(count.sum())} of {count.numel()} elements of parameter {domain.names[leaf]!r} are used: "
+                f"slice it outside of model_fn. {EXACT}"
             )
 
 

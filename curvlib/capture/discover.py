@@ -25,6 +25,7 @@ from curvlib.errors import CaptureError
 from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.contraction import Contraction
 from curvlib.layers.elementwise import Elementwise
+from curvlib.layers.remedies import EXACT, remedy
 from curvlib.layers.table import Entry, Inspection
 from curvlib.operators.layout import Region
 from curvlib.pytree import Domain
@@ -94,6 +95,8 @@ class Discover(TorchFunctionMode):
         if self.expanded and outputs:
             self.check_expanded(func, operands, outputs)
         used = {alias.leaf for alias in map(self.aliases.of, operands) if alias is not None}
+        if used and getattr(func, "__name__", "") == "register_hook":
+            raise self.unknown("register_hook", used)
         if not used or not outputs:
             return result
         if torch.is_grad_enabled() and not any(output.requires_grad for output in outputs):
@@ -110,16 +113,19 @@ class Discover(TorchFunctionMode):
         if func in LIKE:
             return result
         if entry is None:
-            raise CaptureError(
-                f"{name!r} (after {self.calls} known calls) uses {names}, which curvlib does not understand: rewrite "
-                "the call with a known one (linear, matmul, einsum, addmm, convolution, embedding, a norm, add, sub, "
-                "mul), add an entry to the layer table (curvlib.layers), leave the parameter out of params by closing "
-                "over it in model_fn, or detach it if this use is to carry no gradient"
-            )
+            raise self.unknown(name, used)
         try:
             return self.match(entry, result, args, kwargs, used)
         except CaptureError as error:
-            raise CaptureError(f"{names} in call {self.calls - 1}, {entry.name}: {error}") from error
+            raise CaptureError(f"{names} in call {self.calls - 1}, {entry.name}: {error}. {EXACT}") from error
+
+    def unknown(self, name: str, used: set[int]) -> CaptureError:
+        """The error for parameters in a call that the layer table lacks."""
+        names = parameters(self.domain, sorted(used))
+        return CaptureError(
+            f"{name!r} (after {self.calls} known calls) uses {names}, which curvlib does not understand: {remedy(name)}. "
+            f"{EXACT}"
+        )
 
     def match(self, entry: Entry, result: Tensor, args: Any, kwargs: Any, used: set[int]) -> Tensor:
         """Records the call as a site; returns its output, with an axis of examples if it is to have one."""
@@ -133,14 +139,17 @@ class Discover(TorchFunctionMode):
         batch = self.examples.axis(result)
         chosen = self.examples.chosen_axis(result)
         if batch is not None and chosen is not None:
-            raise CaptureError("the output has an axis of examples and one of rows that are chosen by values")
+            raise CaptureError(
+                "the output has an axis of examples and one of rows that are chosen by values: use the parameter "
+                "before rows are chosen, or close over it in model_fn"
+            )
         rows = batch if chosen is None else chosen
         output = result if rows is not None else result.unsqueeze(0).expand(self.examples.number, *result.shape)
         use = entry.match(Inspection(self.aliases.region, output, rows or 0), *args, **kwargs)
         claimed = set() if use is None else {region.leaf for region in use.layer.regions}
         if use is None or claimed != used:
             missed = parameters(self.domain, sorted(used - claimed))
-            raise CaptureError(f"the call uses {missed} in a way that is not understood")
+            raise CaptureError(f"the call uses {missed} in a way that is not understood: {remedy(entry.name)}")
         if self.aliases.of(result) is not None:
             result = result.clone()  # it stands for one copy of the parameter an example now
         if rows is None and self.expand:
@@ -193,7 +202,10 @@ class Discover(TorchFunctionMode):
         if operand is None:
             return Chosen((), torch.float32, loose)
         if self.examples.axis(operand) is not None:
-            raise CaptureError("rows that are chosen by values meet an axis of examples")
+            raise CaptureError(
+                "rows that are chosen by values meet an axis of examples: use the parameter before rows are chosen, or "
+                "close over it in model_fn"
+            )
         return Chosen(self.examples.sizes(operand), operand.dtype, loose)
 
     def check_expanded(self, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:

@@ -79,15 +79,19 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
     prime, chosen = unused_primes(
         [*domain.shapes, *(tuple(map(int, t.shape[int(t.shape[0]) == number :])) for t in tensors)]
     )
-    runs = [(Examples(prime, marked=True), True), (Examples(prime, marked=True, chosen=chosen), True)]
-    runs.append((Examples(number, marked=False), True))
+    counting = [tensor for tensor in tensors if tensor.shape[0] == number]
+    marked = Examples(prime, marked=True)
+    runs = [(marked, counting, True), (Examples(prime, marked=True, chosen=chosen), counting, True)]
+    # a tensor that all examples share may be as long as the batch is large: it does not count them
+    runs += [(marked, [x for x in counting if x is not shared], True) for shared in counting[1:]]
+    runs.append((Examples(number, marked=False), counting, True))
     if is_eager():
-        runs.append((Examples(number, marked=False), False))
+        runs.append((Examples(number, marked=False), counting, False))
     failure: Exception | None = None
-    for examples, fake in runs:
+    for examples, counting, fake in runs:
         with outside_transforms(), quiet():
             try:
-                found = discover(model_fn, domain, leaves, (inputs, number), examples, fake=fake)
+                found = discover(model_fn, domain, leaves, (inputs, counting), examples, fake=fake)
             except CurvlibError:
                 raise
             except Exception as error:  # a model may refuse fake tensors in any way; the last run is a real one
@@ -101,7 +105,13 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
 
 
 def discover(
-    model_fn: ModelFn, domain: Domain, leaves: list[Tensor], batch: tuple[Any, int], examples: Examples, *, fake: bool
+    model_fn: ModelFn,
+    domain: Domain,
+    leaves: list[Tensor],
+    batch: tuple[Any, list[Tensor]],
+    examples: Examples,
+    *,
+    fake: bool,
 ) -> Plan:
     """Runs the model; the output of a site without an axis of examples (a table of positions, say) is given one.
 
@@ -185,9 +195,12 @@ def named(domain: Domain, site: Site) -> str:
     return parameters(domain, dict.fromkeys(region.leaf for layer in site.layers for region in layer.regions))
 
 
-def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, int], *, fake: bool) -> Any:
-    """Runs the model under `Discover`, on fake inputs or on the real ones, with stand-ins for the parameters."""
-    inputs, number = batch
+def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, list[Tensor]], *, fake: bool) -> Any:
+    """Runs the model under `Discover`, on fake inputs or on the real ones, with stand-ins for the parameters.
+
+    The batch is the inputs, and those of their tensors whose first axis counts examples.
+    """
+    inputs, counting = batch
     domain, examples = mode.domain, mode.examples
     with contextlib.ExitStack() as stack:
         stack.enter_context(differentiable())  # gradients tell which uses of a parameter carry one
@@ -197,7 +210,7 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, int], *, fake: bool
             if not fake:
                 return x.detach().clone()
             shape = tuple(map(int, x.shape))
-            shape = (examples.number, *shape[1:]) if shape[:1] == (number,) else shape
+            shape = (examples.number, *shape[1:]) if any(x is y for y in counting) else shape
             return torch.empty(shape, dtype=x.dtype, device=x.device)
 
         if fake:

@@ -40,7 +40,9 @@ def counted(layer: Layer, *, loose: bool) -> Layer:
 
     def among(axes: Axes) -> Axes:
         if axes.batch is None:
-            raise CaptureError("the input has no axis of the rows that are chosen by values")
+            raise CaptureError(
+                "the input has no axis of the rows that are chosen by values: choose rows of the output instead"
+            )
         return dataclasses.replace(axes, entries=entries)
 
     match layer:

@@ -46,7 +46,10 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The function of the same arguments in `torch.nn.functional`: [L, N, E] -> [L, N, E] and weights."""
     if bias_k is not None or bias_v is not None or static_k is not None or static_v is not None or add_zero_attn:
-        raise CaptureError("multi-head attention with bias_k, bias_v, static keys or add_zero_attn is not understood")
+        raise CaptureError(
+            "multi-head attention with bias_k, bias_v, static keys or add_zero_attn is not understood: make the module "
+            "without add_bias_kv and add_zero_attn, or write it with linear and scaled_dot_product_attention"
+        )
     batched = query.ndim == 3
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))

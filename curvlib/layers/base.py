@@ -19,6 +19,11 @@ from curvlib.operators.layout import Layout, Region
 
 Arguments = Mapping[str, Any]
 
+VARIES = (
+    "the parameter varies along the axis that counts examples, so that each example trains another part of it: index a "
+    "table by the inputs (an embedding), or close over it in model_fn"
+)
+
 
 class Entries(enum.Enum):
     """What the entries of an axis are that counts rows.

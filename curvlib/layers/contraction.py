@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from curvlib.errors import CaptureError
-from curvlib.layers.base import Axes, Entries, KroneckerLayer, Layer, input_moment, output_moment
+from curvlib.layers.base import VARIES, Axes, Entries, KroneckerLayer, Layer, input_moment, output_moment
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.loose_rows import LooseRows
 from curvlib.layers.rows import DenseRows, Rows
@@ -86,13 +86,15 @@ def contract(
     """
     x, z = list(input_labels), list(output_labels)
     if any(len(set(labels)) != len(labels) for labels in (x, z, weight_labels)):
-        raise CaptureError("an operand with a repeated axis (a diagonal) is not understood")
+        raise CaptureError(
+            "an operand with a repeated axis (a diagonal) is not understood: take the diagonal before the call"
+        )
     sizes = {label: n for label, n in zip(weight_labels, weight.shape, strict=True) if n > 1}
     w = list(sizes)
     if any(label not in x and label not in z for label in w):
-        raise CaptureError("the parameter is summed along an axis of its own; sum it before the call")
+        raise CaptureError("the parameter is summed along an axis of its own: sum it outside of model_fn")
     if batch in w:
-        raise CaptureError("the parameter varies along the axis that counts examples")
+        raise CaptureError(VARIES)
     groups = [label for label in w if label in x and label in z]
     outputs = [label for label in w if label in z and label not in x]
     inputs = [label for label in w if label in x and label not in z]
@@ -100,7 +102,10 @@ def contract(
     front = (math.prod(sizes[label] for label in groups),) if groups else ()
     d_out, d_in = (math.prod(sizes[label] for label in labels) for labels in (outputs, inputs))
     if bias is not None and bias.numel != math.prod(front) * d_out:
-        raise CaptureError(f"the bias has {bias.numel} elements where the layer has {math.prod(front) * d_out} outputs")
+        raise CaptureError(
+            f"the bias has {bias.numel} elements where the layer has {math.prod(front) * d_out} outputs: add it in a "
+            "call of its own"
+        )
 
     order = [list(weight_labels).index(label) for label in (*groups, *outputs, *inputs)]
     order += [axis for axis in range(len(weight.shape)) if axis not in order]

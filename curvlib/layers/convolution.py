@@ -128,7 +128,10 @@ def convolution(
     if region is None and shift is None:
         return None
     if input.ndim != weight.ndim or call.batch != 0:
-        raise CaptureError("a convolution needs an input [N, C, *spatial] whose first axis counts the examples")
+        raise CaptureError(
+            "a convolution needs an input [N, C, *spatial] whose first axis counts the examples: transpose it before "
+            "the call"
+        )
     if region is None:
         assert shift is not None
         return Use(bias_shift(shift, call.axes((1,))))

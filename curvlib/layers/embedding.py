@@ -82,7 +82,10 @@ def embedding(
     if table is None:
         return None
     if max_norm is not None or scale_grad_by_freq:
-        raise CaptureError("embedding with max_norm or scale_grad_by_freq is not understood; leave them out")
+        raise CaptureError(
+            "embedding with max_norm (which changes the table) or scale_grad_by_freq (by which the gradient of an "
+            "example depends on the others) is not understood: leave them out"
+        )
     vocabulary = weight.shape[0]
     padding = None if padding_idx is None else padding_idx % vocabulary
     last = call.output.ndim - 1

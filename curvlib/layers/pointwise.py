@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvlib.errors import CaptureError
-from curvlib.layers.base import Arguments
+from curvlib.layers.base import VARIES, Arguments
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.table import Inspection, Operand, Use, entry
 from curvlib.operators.layout import Region
@@ -26,7 +26,7 @@ def broadcast(
     offset = call.output.ndim - len(shape)
     features = tuple(offset + i for i, n in enumerate(shape) if n > 1)
     if call.batch in features:
-        raise CaptureError("the parameter varies along the axis that counts examples")
+        raise CaptureError(VARIES)
     return affine(call, scale, shift, features, operand, sign)
 
 
@@ -49,7 +49,9 @@ def one_of(call: Inspection, input: object, other: object) -> tuple[Region | Non
     """The parameter among two operands, and the name of the other one."""
     left, right = call.region(input), call.region(other)
     if left is not None and right is not None:
-        raise CaptureError("both operands are parameters, which is not understood; combine them outside the model")
+        raise CaptureError(
+            "both operands are parameters, which is not understood: combine them outside of model_fn, or close over one"
+        )
     return (left, "other") if left is not None else (right, "input")
 
 
@@ -62,7 +64,7 @@ def expand(call: Inspection, input: Tensor, *sizes: object) -> Use | None:
 def add(call: Inspection, input: Tensor, other: Tensor, *, alpha: float = 1) -> Use | None:
     region, _ = one_of(call, input, other)
     if region is not None and alpha != 1:
-        raise CaptureError("add with alpha other than 1 is not understood; scale before the call")
+        raise CaptureError("add with alpha other than 1 is not understood: scale the data before the call")
     return broadcast(call, None, region)
 
 
@@ -70,7 +72,7 @@ def add(call: Inspection, input: Tensor, other: Tensor, *, alpha: float = 1) -> 
 def sub(call: Inspection, input: Tensor, other: Tensor, *, alpha: float = 1) -> Use | None:
     region, data = one_of(call, input, other)
     if region is not None and alpha != 1:
-        raise CaptureError("sub with alpha other than 1 is not understood; scale before the call")
+        raise CaptureError("sub with alpha other than 1 is not understood: scale the data before the call")
     return broadcast(call, None, region, sign=-1 if data == "input" else 1)
 
 
@@ -130,7 +132,9 @@ def channels(call: Inspection, weight: object, bias: object, normalized: Callabl
         return affine(call, call.region(weight), call.region(bias), (1,), normalized)
     if call.region(weight) is None and call.region(bias) is None:
         return None
-    raise CaptureError("a norm over channels needs an input whose first axis counts the examples")
+    raise CaptureError(
+        "a norm over channels needs an input whose first axis counts the examples: transpose it before the call"
+    )
 
 
 def group_normalized(arguments: Arguments) -> Tensor:

@@ -29,7 +29,9 @@ def product(
     (left, right) = operands
     regions = [call.region(tensor) for _, tensor, _ in operands]
     if regions[0] is not None and regions[1] is not None:
-        raise CaptureError("a product of two parameters is not understood; close over one of them")
+        raise CaptureError(
+            "a product of two parameters is not understood: form it outside of model_fn, or close over one of them"
+        )
     batch_label = output[call.batch]
     if regions[0] is None and regions[1] is None:
         if bias is None:
@@ -79,13 +81,15 @@ def addmm(
 ) -> Use | None:
     bias = call.region(input)
     if (beta, alpha) != (1, 1):
-        raise CaptureError("addmm with beta or alpha other than 1 is not understood; scale before the call")
+        raise CaptureError("addmm with beta or alpha other than 1 is not understood: scale the data before the call")
     if bias is not None and bias.numel != bias.shape[-1]:
-        raise CaptureError("addmm with a parameter that is a matrix as its first argument is not understood")
+        raise CaptureError(
+            "addmm with a parameter that is a matrix as its first argument is not understood: use matmul and add"
+        )
     left, right = ("mat1", mat1, ("m", "k")), ("mat2", mat2, ("k", "n"))
     output = (*leading(call.output, 2), "m", "n")
     if bias is not None and call.region(mat1) is not None:
-        raise CaptureError("addmm with a weight on the left and a bias is not understood; use matmul and add")
+        raise CaptureError("addmm with a weight on the left and a bias is not understood: use matmul and add")
     bias_labels = ("n",) if bias is None or bias.numel > 1 or call.output.shape[-1] == 1 else ()
     return product(call, (left, right), output, bias, bias_labels)
 
