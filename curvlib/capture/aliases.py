@@ -70,19 +70,22 @@ class Aliases:
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
         self.by_storage: dict[int, Alias] = {}
+        self.origins: set[Any] = set()  # nodes of the graph at which gradients of the parameters arrive
 
     def follow(self, stand_ins: list[Tensor]) -> None:
         """Makes the contiguous tensors known that stand for the parameters in this run."""
         self.by_storage = {storage(leaf): Alias(i, leaf, 0) for i, leaf in enumerate(stand_ins)}
+        self.origins = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in stand_ins}
 
     def of(self, value: Any) -> Alias | None:
         """The leaf that a tensor shares its storage with, unless it was detached from it.
 
         Where gradients are disabled nothing tells the two apart.
         """
-        if not isinstance(value, Tensor) or (torch.is_grad_enabled() and not value.requires_grad):
-            return None
-        return self.by_storage.get(storage(value))
+        alias = self.by_storage.get(storage(value)) if isinstance(value, Tensor) else None
+        if alias is None or value is alias.root or not torch.is_grad_enabled() or self.origins & graph_of(value):
+            return alias
+        return None
 
     def region(self, value: Any) -> Region | None:
         """The elements of a leaf that a tensor is a view of."""
@@ -116,8 +119,22 @@ def parameters(domain: Domain, leaves: Iterable[int]) -> str:
     return f"parameter {quoted[0]}" if len(quoted) == 1 else f"parameters {', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
+def graph_of(output: Tensor) -> set[Any]:
+    """The nodes of the graph that a tensor's gradient passes through."""
+    found: set[Any] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
 def storage(tensor: Tensor) -> int:
-    """The identity of a tensor's storage, which all views share."""
+    """The identity of a tensor's storage, which all views share; 0 inside of `torch.vmap`, which hides it."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return 0
     return tensor.untyped_storage()._cdata
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvlib.capture.aliases import COPIES, LIKE, Aliases, parameters, storage, tensors_in
+from curvlib.capture.aliases import COPIES, LIKE, Aliases, graph_of, parameters, storage, tensors_in
 from curvlib.capture.choices import Choices
 from curvlib.capture.examples import Examples, expand_examples
 from curvlib.capture.flow import RESHAPING, Flow
@@ -123,8 +123,8 @@ class Discover(TorchFunctionMode):
         """The error for parameters in a call that the layer table lacks."""
         names = parameters(self.domain, sorted(used))
         return CaptureError(
-            f"{name!r} (after {self.calls} known calls) uses {names}, which curvlib does not understand: {remedy(name)}. "
-            f"{EXACT}"
+            f"{name!r} (after {self.calls} known calls) uses {names}, which curvlib does not understand: "
+            f"{remedy(name)}. {EXACT}"
         )
 
     def match(self, entry: Entry, result: Tensor, args: Any, kwargs: Any, used: set[int]) -> Tensor:
@@ -135,6 +135,11 @@ class Discover(TorchFunctionMode):
                 "function, or reentrant activation checkpointing, for which use_reentrant=False is the remedy): "
                 "detach a parameter that is to carry no gradient there, or close over it in model_fn"
             )
+        if torch._C._functorch.is_functorch_wrapped_tensor(result):
+            raise CaptureError(
+                "it is used inside of a transform (torch.vmap, torch.func.grad), which hides the axis of examples: use "
+                "the parameter outside of it"
+            )
         ordinal = self.calls - 1
         batch = self.examples.axis(result)
         chosen = self.examples.chosen_axis(result)
@@ -144,6 +149,13 @@ class Discover(TorchFunctionMode):
                 "before rows are chosen, or close over it in model_fn"
             )
         rows = batch if chosen is None else chosen
+        content = self.flow.content(result)
+        if rows is None and content is not None:
+            raise CaptureError(
+                f"it is applied to what all examples share ({content.mixed}), so that it has no gradient of each "
+                "example: if the first axis of the inputs does not count the examples (time first, say), give model_fn "
+                "inputs with the examples in front and transpose inside; or close over the parameter"
+            )
         output = result if rows is not None else result.unsqueeze(0).expand(self.examples.number, *result.shape)
         use = entry.match(Inspection(self.aliases.region, output, rows or 0), *args, **kwargs)
         claimed = set() if use is None else {region.leaf for region in use.layer.regions}
@@ -257,14 +269,3 @@ class Discover(TorchFunctionMode):
         )
         return [site for site in sites if site is not None], routes if self.choices is not None else ()
 
-
-def graph_of(output: Tensor) -> set[Any]:
-    """The nodes of the graph of gradients that a tensor's own gradient passes through."""
-    found: set[Any] = set()
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return found

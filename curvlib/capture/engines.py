@@ -71,7 +71,7 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
     if plan.routes:
         plan = located(plan, model_fn, params, inputs, examples_in(inputs))
     if plan.writes_inputs:
-        inputs = torch_pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+        model_fn = on_copies(model_fn)
     if engine is None:
         engine = "autograd" if is_eager() else "functional"
     if is_eager():  # under a transform gradients may be wanted; else nothing must refer to the caller's graph
@@ -86,6 +86,11 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
     if engine == "functional":
         return FunctionalPullback(plan, model_fn, params, inputs, record)
     raise ArgumentError(f"engine must be 'functional', 'autograd' or None, got {engine!r}")
+
+
+def on_copies(model_fn: ModelFn) -> ModelFn:
+    """A model that changes its inputs in place, on copies of them."""
+    return lambda params, inputs: model_fn(params, torch_pytree.tree_map_only(Tensor, Tensor.clone, inputs))
 
 
 class Replay(TorchFunctionMode):
@@ -228,12 +233,10 @@ class Stream:
         self.plan, self.examples = plan, examples
         self.kept: list[Any] = [None] * len(plan.sites)
         self.consume: Consume | None = None
-        self.reached: set[int] = set()
 
     def take(self, number: int, g: Tensor) -> None:
         """Hands on gradients [K, *z.shape] of a site's output, in the planned shape."""
         if self.consume is not None:
-            self.reached.add(number)
             shape = self.plan.sites[number].output_shape(self.examples)
             with torch.no_grad():
                 self.consume(number, self.kept[number], g.reshape(len(g), *shape))
@@ -282,7 +285,7 @@ class AutogradPullback:
             if site.expanded:
                 result = expand_examples(result, self.examples)
             output = Tap.apply(result.clone() if site.expanded or result._is_view() else result, self._root)
-            output.register_hook(lambda g: stream.take(number, g.unsqueeze(0)))
+            output.register_hook(lambda g: None if g is None else stream.take(number, g.unsqueeze(0)))
             self._edges[number] = torch.autograd.graph.get_gradient_edge(output)
             return output
 
@@ -301,26 +304,21 @@ class AutogradPullback:
         """Pulls vectors back to all sites; the graph is released with the last of them.
 
         Raises:
-            CaptureError: no gradient arrived where one must.
+            CaptureError: the outputs carry no gradient.
         """
+        if not self._attached.requires_grad:
+            raise CaptureError(
+                "the outputs carry no gradient to any parameter in this batch, though they do in the plan: model_fn "
+                "detaches or runs without gradients (torch.no_grad, torch.inference_mode) under conditions of its own"
+            )
         remaining = iter(parts)
         part = next(remaining, None)
         while part is not None:
             following = next(remaining, None)
             self._pull(part, consume, retain=following is not None)
             part = following
-        for number, site in enumerate(self.plan.sites):
-            if site.reaches and site.chosen is None and number not in self._stream.reached:
-                raise CaptureError(
-                    f"no gradient arrived at the output of call {site.ordinal}, {site.call}, though the model's output "
-                    "depends on it: model_fn detaches it or runs without gradients (torch.no_grad, "
-                    "torch.inference_mode) in this batch, or a custom autograd function gives None for its gradient; "
-                    "detach what is to carry no gradient"
-                )
 
     def _pull(self, part: Tensor, consume: Consume, *, retain: bool) -> None:
-        if not self._attached.requires_grad:
-            return
         if len(part) == 1:
             self._stream.consume = consume
             torch.autograd.grad(self._attached, [self._root], part[0], retain_graph=retain, allow_unused=True)

@@ -14,7 +14,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.capture.aliases import storage, tensors_in
@@ -24,8 +26,8 @@ from curvlib.errors import CaptureError
 
 DIMENSIONS = ("dim", "dims", "dim0", "dim1", "dimension", "axis", "axes")
 REARRANGING = {
-    "alias", "clone", "detach", "diagonal", "expand", "movedim", "permute", "repeat", "squeeze", "stack", "swapaxes",
-    "t", "transpose", "transpose_", "unsqueeze", "unsqueeze_", "squeeze_", "t_", "_to_copy", "contiguous",
+    "alias", "clone", "detach", "diag_embed", "diagonal", "expand", "movedim", "permute", "repeat", "squeeze", "stack",
+    "swapaxes", "t", "transpose", "transpose_", "unsqueeze", "unsqueeze_", "squeeze_", "t_", "_to_copy", "contiguous", "lift_fresh",
 }  # fmt: skip
 RESHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 CUTTING = {
@@ -152,9 +154,8 @@ class Flow(TorchDispatchMode):
         found = [(x, content) for x in operands if (content := self.content(x)) is not None]
         name = operation(func)
         if not found:
-            if is_range(name, func, args, kwargs, self.examples.number) or (
-                any(id(x) in self.ranges for x in operands) and name in REARRANGING | RESHAPING
-            ):
+            known = any(id(x) in self.ranges or self.is_written_range(x) for x in operands)
+            if is_range(name, func, args, kwargs, self.examples.number) or (known and name in REARRANGING | RESHAPING):
                 self.ranges.update({id(x): x for x in outputs})
             return
         if name.endswith("_like") or name.startswith("new_"):
@@ -205,6 +206,8 @@ class Flow(TorchDispatchMode):
                 return self.cutting(name, arguments, operand, axis, outputs)
             if name in INDEXING and self.moves(arguments):
                 return f"{name!r} moves entries from example to example"
+            if name == "as_strided" and not strided_within(operand, axis, outputs[0]):
+                return f"{name!r} moves entries from example to example"
             if name not in INDEXING and along(name, arguments, operand, axis):
                 return f"{name!r} works along the axis of examples"
         for output in outputs:
@@ -227,7 +230,7 @@ class Flow(TorchDispatchMode):
         if name == "select":
             taken = self.entries.setdefault(storage(operand), set())
             taken.add(int(arguments["index"]))
-        if (name == "select" and len(taken) > 1) or len(outputs) > MANY_PIECES:
+        if (name == "select" and len(taken) > 2) or len(outputs) > MANY_PIECES:
             raise CaptureError(
                 f"the model goes through the first axis of its inputs entry by entry ({name!r}), and that axis counts "
                 "the examples: write it for all examples at once (torch.vmap does it for a function of one); if the "
@@ -254,6 +257,14 @@ class Flow(TorchDispatchMode):
             index = indices[axis] if axis is not None and axis < len(indices) else None
             return index is not None and not self.is_own(index)
         return int(arguments["dim"]) % indexed.ndim == axis and not self.is_own(arguments["index"])
+
+    def is_written_range(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made of the numbers 0, 1, ..., N - 1 by a list."""
+        number = self.examples.number
+        if isinstance(tensor, FakeTensor) or tensor.numel() != number or tensor.is_floating_point():
+            return False
+        with unset_fake_temporarily():
+            return bool((tensor.flatten() == torch.arange(number, device=tensor.device)).all())
 
     def is_own(self, index: Tensor) -> bool:
         """Whether an index along the axis of examples is 0, 1, ..., N - 1, or finds rows chosen by values."""
@@ -298,7 +309,9 @@ def along(name: str, arguments: dict[str, Any], operand: Tensor, axis: int) -> b
     if name in REARRANGING or name in RESHAPING or name in ("cat", "linalg_vector_norm"):
         return False
     if name.startswith(MATRIX) and name != "linalg_cross":
-        return axis >= ndim - 2
+        matrix = arguments.get("A")
+        vectors = isinstance(matrix, Tensor) and operand.shape == matrix.shape[:-1]  # one for each matrix
+        return axis >= ndim - (1 if vectors else 2)
     if "convolution" in name:
         return axis != 0 and not (axis == 1 and arguments["groups"] % operand.shape[1] == 0)
     if "batch_norm" in name:
@@ -315,6 +328,14 @@ def along(name: str, arguments: dict[str, Any], operand: Tensor, axis: int) -> b
     if name == "roll" and not arguments["dims"]:
         return True
     return axis in dimensions(arguments, ndim)
+
+
+def strided_within(operand: Tensor, axis: int, output: Tensor) -> bool:
+    """Whether strides keep the axis of examples, and lead nowhere else within the elements of an example."""
+    if output.shape[axis : axis + 1] != operand.shape[axis : axis + 1] or output.stride(axis) != operand.stride(axis):
+        return False
+    others = [(n - 1) * k for i, (n, k) in enumerate(zip(output.shape, output.stride(), strict=True)) if i != axis]
+    return sum(others) < operand.stride(axis)
 
 
 def is_range(name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], number: int) -> bool:

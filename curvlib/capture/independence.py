@@ -18,8 +18,13 @@ from curvlib.pytree import Domain, Tree, flatten
 ModelFn = Callable[[Any, Any], Any]
 
 
+TRIED = 16  # examples that are tried by themselves
+
+
 def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -> str | None:
-    """Computes the outputs with the last example in place of the first: all others must stay what they are.
+    """Compares the outputs of a batch with those of its examples by themselves, for up to 16 of them.
+
+    Where the model takes no batch of one (its size is written down, say), an example by itself is a batch of copies.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs [N, ...].
@@ -36,20 +41,24 @@ def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -
     params = Domain.of(params).tree([leaf.detach() for leaf in leaves])
     devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
 
-    def outputs(first: int) -> Tensor:
-        def replaced(x: Tensor) -> Tensor:
-            x = x.detach().clone()
-            if x.ndim and x.shape[0] == number:
-                x[0] = x[first]
-            return x
+    def outputs(index: Tensor) -> Tensor:
+        def chosen(x: Tensor) -> Tensor:
+            rows = x.ndim > 0 and x.shape[0] == number
+            return x.detach()[index.to(x.device)] if rows else x.detach().clone()
 
         with torch.random.fork_rng(devices), torch.no_grad(), uncompiled():
-            values: Tensor = model_fn(params, torch_pytree.tree_map_only(Tensor, replaced, inputs))
-        return values[1:]
+            values: Tensor = model_fn(params, torch_pytree.tree_map_only(Tensor, chosen, inputs))
+        return values
 
-    expected, found = outputs(0), outputs(-1)
-    if expected.shape == found.shape:
-        scale = expected.abs().amax() if expected.numel() else 0
-        if torch.allclose(found, expected, rtol=0, atol=float(scale) * torch.finfo(expected.dtype).eps ** 0.75):
-            return None
-    return "another first example changes the outputs of the others"
+    together = outputs(torch.arange(number))
+    tolerance = float(together.abs().amax()) * torch.finfo(together.dtype).eps ** 0.75
+    copies = 1
+    for n in torch.linspace(0, number - 1, min(number, TRIED)).long().unique().tolist():
+        try:
+            alone = outputs(torch.full((copies,), n))
+        except RuntimeError:
+            copies = number
+            alone = outputs(torch.full((copies,), n))
+        if len(alone) != copies or not torch.allclose(alone[0], together[n], rtol=0, atol=tolerance):
+            return "the outputs of an example by itself are others than in the batch"
+    return None

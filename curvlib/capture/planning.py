@@ -99,7 +99,14 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
                 continue
         if examples.marked:
             return found
-        return dataclasses.replace(found, mixed=mixed_by_values(model_fn, params, inputs, number))
+        mixed = mixed_by_values(model_fn, params, inputs, number)
+        for site in found.sites:
+            if mixed is not None and site.expanded:
+                raise BatchAxisError(
+                    f"{named(domain, site)} in call {site.ordinal}, {site.call}: the output has no axis that counts "
+                    f"examples, and {mixed}: give model_fn inputs with the examples in front and transpose inside"
+                )
+        return dataclasses.replace(found, mixed=mixed)
     assert failure is not None
     raise failure
 
