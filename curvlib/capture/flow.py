@@ -27,7 +27,8 @@ from curvlib.errors import CaptureError
 DIMENSIONS = ("dim", "dims", "dim0", "dim1", "dimension", "axis", "axes")
 REARRANGING = {
     "alias", "clone", "detach", "diag_embed", "diagonal", "expand", "movedim", "permute", "repeat", "squeeze", "stack",
-    "swapaxes", "t", "transpose", "transpose_", "unsqueeze", "unsqueeze_", "squeeze_", "t_", "_to_copy", "contiguous", "lift_fresh",
+    "swapaxes", "t", "transpose", "transpose_", "unsqueeze", "unsqueeze_", "squeeze_", "t_", "_to_copy", "contiguous",
+    "lift_fresh",
 }  # fmt: skip
 RESHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 CUTTING = {
