@@ -22,6 +22,7 @@ COPIES = {
     torch.clone, Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half,
     Tensor.bfloat16, Tensor.type_as, Tensor.cpu, Tensor.cuda,
 }  # fmt: skip
+SIMPLE = (int, float, str, torch.dtype, torch.device, slice, type(None))
 LIKE = {
     torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like,
     Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
@@ -70,12 +71,12 @@ class Aliases:
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
         self.by_storage: dict[int, Alias] = {}
-        self.origins: set[Any] = set()  # nodes of the graph at which gradients of the parameters arrive
+        self.stand_ins: list[Tensor] = []
 
     def follow(self, stand_ins: list[Tensor]) -> None:
         """Makes the contiguous tensors known that stand for the parameters in this run."""
+        self.stand_ins = stand_ins
         self.by_storage = {storage(leaf): Alias(i, leaf, 0) for i, leaf in enumerate(stand_ins)}
-        self.origins = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in stand_ins}
 
     def of(self, value: Any) -> Alias | None:
         """The leaf that a tensor shares its storage with, unless it was detached from it.
@@ -83,9 +84,10 @@ class Aliases:
         Where gradients are disabled nothing tells the two apart.
         """
         alias = self.by_storage.get(storage(value)) if isinstance(value, Tensor) else None
-        if alias is None or value is alias.root or not torch.is_grad_enabled() or self.origins & graph_of(value):
+        if alias is None or value is alias.root or not torch.is_grad_enabled():
             return alias
-        return None
+        leaves = (getattr(node, "variable", None) for node in graph_of(value))
+        return alias if any(leaf is self.stand_ins[alias.leaf] for leaf in leaves) else None
 
     def region(self, value: Any) -> Region | None:
         """The elements of a leaf that a tensor is a view of."""
@@ -140,4 +142,10 @@ def storage(tensor: Tensor) -> int:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among a call's arguments or results."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, SIMPLE):
+        return []
+    if type(tree) in (tuple, list):  # most of what there is, and much faster than the general case
+        return [tensor for part in tree for tensor in tensors_in(part)]
     return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -41,6 +41,9 @@ class Product:
     shift: int | None = None
 
 
+WRITES_TO_LEAF = "a leaf Variable that requires grad"  # in torch's message
+
+
 class ExpansionError(Exception):
     """A site's output cannot be given an axis of examples."""
 
@@ -75,7 +78,7 @@ class Discover(TorchFunctionMode):
         """Makes the tensors known that a run starts with."""
         self.aliases.follow(stand_ins)
         names = zip(map(storage, stand_ins), self.domain.names, strict=True)
-        self.flow = Flow(self.examples, dict(names))
+        self.flow.parameters.update(names)
         self.flow.start(inputs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,8 +88,13 @@ class Discover(TorchFunctionMode):
                 return REWRITES[func](*args, **kwargs)
         entry = TABLE.get(func)
         self.calls += entry is not None
-        result = func(*args, **kwargs) if self.choices is None else self.choices.call(func, args, kwargs)
-        operands = tensors_in((args, kwargs))
+        operands = tensors_in((args, tuple(kwargs.values())))
+        try:
+            result = func(*args, **kwargs) if self.choices is None else self.choices.call(func, args, kwargs)
+        except RuntimeError as error:
+            if WRITES_TO_LEAF in str(error):
+                raise self.flow.writes(getattr(func, "__name__", str(func)), operands[0]) from error
+            raise
         outputs = tensors_in(result)
         if outputs:
             for operand in operands:
@@ -189,8 +197,8 @@ class Discover(TorchFunctionMode):
         )
         self.sites.append(site)
         self.nodes.append(result.grad_fn)
-        self.regions.append(self.aliases.regions(tensors_in((args, kwargs))))
-        for operand in tensors_in((args, kwargs)):
+        self.regions.append(self.aliases.regions(tensors_in((args, tuple(kwargs.values())))))
+        for operand in tensors_in((args, tuple(kwargs.values()))):
             product = self.products.get(id(operand))
             if product is not None and self.is_bias_of(product, site):
                 product.shift = len(self.sites) - 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.capture.aliases import storage, tensors_in
@@ -59,7 +59,7 @@ class Content:
     scattered: str | None = None
 
 
-class Flow(TorchDispatchMode):
+class Flow:
     """Follows what depends on the inputs through a run of a model.
 
     Attributes:
@@ -68,7 +68,6 @@ class Flow(TorchDispatchMode):
     """
 
     def __init__(self, examples: Examples, parameters: dict[int, str]) -> None:
-        super().__init__()
         self.examples = examples
         self.parameters = parameters  # names by storage
         self.writes_inputs = False
@@ -85,16 +84,6 @@ class Flow(TorchDispatchMode):
             if self.axis(tensor) is not None:
                 self.hold(tensor, Content(None, self.multiple(tensor)))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "prim":
-            return func(*args, **kwargs)
-        targets = self.targets(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if self.examples.marked:
-            self.follow(func, args, kwargs, result, targets)
-        return result
-
     def targets(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         """The tensors that an operation writes to.
 
@@ -108,15 +97,17 @@ class Flow(TorchDispatchMode):
             if argument.is_write:
                 found += tensors_in(args[place] if place < len(args) else kwargs.get(argument.name))
         for tensor in found:
-            key = storage(tensor)
-            if key in self.parameters:
-                raise CaptureError(
-                    f"{operation(func)!r} changes parameter {self.parameters[key]!r} in place, and model_fn must be "
-                    "pure: change it outside of model_fn (for an embedding: max_norm=None, and renormalize its rows "
-                    "before)"
-                )
-            self.writes_inputs |= key in self.inputs
+            if storage(tensor) in self.parameters:
+                raise self.writes(operation(func), tensor)
+            self.writes_inputs |= storage(tensor) in self.inputs
         return found
+
+    def writes(self, name: str, parameter: Tensor) -> CaptureError:
+        """The error for a call that changes a parameter."""
+        return CaptureError(
+            f"{name!r} changes parameter {self.parameters[storage(parameter)]!r} in place, and model_fn must be pure: "
+            "change it outside of model_fn (for an embedding: max_norm=None, and renormalize its rows before)"
+        )
 
     # --- contents --------------------------------------------------------------------------------------------------
 
@@ -151,7 +142,9 @@ class Flow(TorchDispatchMode):
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any, targets: list[Tensor]) -> None:
         """Finds out what the results of an operation hold."""
-        operands, outputs = tensors_in((args, kwargs)), tensors_in(result)
+        if not self.examples.marked:
+            return
+        operands, outputs = tensors_in((args, tuple(kwargs.values()))), tensors_in(result)
         found = [(x, content) for x in operands if (content := self.content(x)) is not None]
         name = operation(func)
         if not found:
@@ -270,6 +263,35 @@ class Flow(TorchDispatchMode):
     def is_own(self, index: Tensor) -> bool:
         """Whether an index along the axis of examples is 0, 1, ..., N - 1, or finds rows chosen by values."""
         return id(index) in self.ranges or index.dtype in MASKS or self.examples.chosen_axis(index) is not None
+
+
+class FakeRun(FakeTensorMode):
+    """Fake tensors whose operations are followed."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.flow = flow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        targets = self.flow.targets(func, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.flow.follow(func, args, kwargs, result, targets)
+        return result
+
+
+class RealRun(TorchDispatchMode):
+    """Real tensors of which it is noticed what is written to."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.flow.targets(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 @functools.cache

@@ -12,13 +12,14 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from curvlib.capture.aliases import parameters, tensors_in
 from curvlib.capture.blocks import assign, split_lone_biases
 from curvlib.capture.discover import Discover
 from curvlib.capture.examples import Examples
+from curvlib.capture.flow import FakeRun, RealRun
 from curvlib.capture.independence import mixed_by_values
 from curvlib.capture.plan import Plan, Site, shape_text
 from curvlib.capture.routing import loosened, nothing_saved
@@ -215,28 +216,23 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, list[Tensor]], *, f
 
         def stand_in(x: Tensor) -> Tensor:
             if not fake:
-                return x.detach().clone()
+                return x.detach().clone(memory_format=torch.contiguous_format)
             shape = tuple(map(int, x.shape))
             shape = (examples.number, *shape[1:]) if any(x is y for y in counting) else shape
             return torch.empty(shape, dtype=x.dtype, device=x.device)
 
         if fake:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            originals = [
-                torch.empty(shape, dtype=x.dtype, device=x.device)
-                for shape, x in zip(domain.shapes, mode.originals, strict=True)
-            ]
+            stack.enter_context(FakeRun(mode.flow))
         else:
             devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(nothing_saved())
-            originals = [leaf.detach() for leaf in mode.originals]
         inputs = torch_pytree.tree_map_only(Tensor, stand_in, inputs)
-        # copies, as a model may write to no leaf that requires a gradient, and writing is to be found by name
-        stand_ins = [x.requires_grad_().clone(memory_format=torch.contiguous_format) for x in originals]
+        stand_ins = [stand_in(x).requires_grad_() for x in mode.originals]
         mode.follow(stand_ins, inputs)
+        if not fake:
+            stack.enter_context(RealRun(mode.flow))
         stack.enter_context(mode)
-        stack.enter_context(mode.flow)
         return model_fn(domain.tree(stand_ins), inputs)
 
 
