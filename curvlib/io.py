@@ -1,7 +1,8 @@
 """Curvature objects on disk: one safetensors file that holds tensors and, in its header, what they are part of.
 
-The header has one entry of metadata, ``"curvlib"``: a json text with format, version and structure. One file cannot be
-torn apart, and any safetensors reader can look at the tensors. Nothing is pickled: a file holds no code.
+The header has one entry of metadata, ``"curvlib"``: a json text with format, version, structure, a checksum for every
+tensor, and one of the text. One file cannot be torn apart, and any safetensors reader can look at the tensors. Nothing
+is pickled: a file holds no code.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from curvlib.checksums import Json, damage, described, is_whole, sealed
 from curvlib.errors import FormatError
 from curvlib.linalg.eager import is_eager
-from curvlib.serialize import Json, Reader, Writer
+from curvlib.serialize import Reader, Writer
 
 FORMAT = "curvlib"
-VERSION = 1
+VERSION = 2  # files of version 1 have no checksums
 
 
 def save(curv: Any, path: str | os.PathLike[str]) -> None:
@@ -56,9 +58,7 @@ def save(curv: Any, path: str | os.PathLike[str]) -> None:
         raise FormatError(f"cannot save to {path}: save is called inside a transform or a trace; call it outside")
     writer = Writer(str(path), {}, {})
     content = {"format": FORMAT, "version": VERSION, "structure": writer.node(curv, ())}
-    # one entry: the order in which safetensors writes several is random
-    metadata = {FORMAT: json.dumps(content, allow_nan=False, separators=(",", ":"))}
-    replace(Path(path).resolve(), separate(writer.tensors), metadata)
+    replace(Path(path).resolve(), separate(writer.tensors), FORMAT, content)
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Any:
@@ -66,6 +66,9 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
 
     No code of the file runs. Modules it names are imported only to find named tuples and dataclasses, whose fields are
     then set without calling ``__init__``; operators are looked up among the classes that are registered already.
+
+    Every tensor, and the json that says what they are part of, is compared with its checksum: a file of which any bit
+    has changed is refused. Files of an earlier version, which had no checksums, are read without.
 
     Args:
         path: the file. It may be moved or deleted afterwards.
@@ -75,7 +78,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         The object, with the values, dtypes, shapes and order in memory that were saved.
 
     Raises:
-        FormatError: the file is truncated, foreign, or of a newer version; or a class or a tensor is missing.
+        FormatError: the file is truncated, damaged, foreign, or of a newer version; or a class or a tensor is missing.
         OSError: there is no such file, or it cannot be read.
 
     Example:
@@ -91,17 +94,21 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         pass
     try:
         with safe_open(path, framework="pt") as file:
-            structure = read_header(str(path), (file.metadata() or {}).get(FORMAT))
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+            content = read_header(str(path), (file.metadata() or {}).get(FORMAT))
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            fault = damage(stored, content["tensors"]) if "tensors" in content else None
+            if fault is not None:
+                raise FormatError(f"cannot load {path}: {fault}; save it again")
+            tensors = {name: tensor.to(device, copy=True) for name, tensor in stored.items()}
     except SafetensorError as error:
         raise FormatError(
             f"cannot load {path}: it is truncated, or no safetensors file ({error}); save it again"
         ) from error
-    return Reader(str(path), tensors).read(structure)
+    return Reader(str(path), tensors).read(content["structure"])
 
 
-def read_header(path: str, text: str | None) -> Json:
-    """The structure, if format and version are known."""
+def read_header(path: str, text: str | None) -> dict[str, Json]:
+    """The json of a file, if format and version are known and its checksum is right."""
     if text is None:
         raise FormatError(
             f"cannot load {path}: it is a safetensors file, but holds tensors only and was not written by curvlib; "
@@ -112,8 +119,10 @@ def read_header(path: str, text: str | None) -> Json:
     except (ValueError, RecursionError):
         content = None
     match content:
-        case {"format": "curvlib", "version": int(version), "structure": structure} if version == VERSION:
-            return structure
+        case {"format": "curvlib", "version": 1, "structure": _}:
+            return {"structure": content["structure"]}
+        case {"format": "curvlib", "version": 2, "structure": _, "tensors": dict()} if is_whole(content):
+            return content
         case {"format": "curvlib", "version": int(version)} if version > VERSION:
             raise FormatError(
                 f"cannot load {path}: it has version {version} of the format, and this curvlib reads up to {VERSION}; "
@@ -134,8 +143,14 @@ def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a file beside ``path``, waits until it is on disk, and moves it there in one step."""
+def replace(path: Path, tensors: dict[str, Tensor], name: str, content: dict[str, Json]) -> None:
+    """Writes a file beside ``path``, waits until it is on disk, and moves it there in one step.
+
+    The header holds ``content`` under this name, with descriptions of all tensors and a checksum.
+    """
+    whole = sealed(content | {"tensors": {key: described(tensor) for key, tensor in tensors.items()}})
+    # one entry: the order in which safetensors writes several is random
+    metadata = {name: json.dumps(whole, allow_nan=False, separators=(",", ":"))}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:

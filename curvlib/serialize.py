@@ -18,6 +18,7 @@ import optree
 import torch
 from torch import Tensor
 
+from curvlib.checksums import Json
 from curvlib.errors import FormatError
 from curvlib.pytree import flatten, registered, stored_name, unflatten
 
@@ -26,8 +27,6 @@ STORABLE = frozenset(
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )
 LEAF = object()  # stands for a leaf in a structure that is spelled out
-
-Json = Any
 
 
 def compact(x: Tensor) -> tuple[Tensor, list[int]]:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import curvlib as cv
+from curvlib.checksums import described, sealed
 from curvlib.errors import CurvlibError, FormatError
 from curvlib.io import load, save
 from curvlib.pytree import Domain, register, registered
@@ -45,12 +46,14 @@ def curvature() -> cv.BlockDiagonal:
 
 
 def tampered(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
-    """Writes the file anew after ``change`` has seen its json and tensors."""
+    """Writes the file anew, with right checksums, after ``change`` has seen its json and tensors."""
     with safe_open(file, framework="pt") as opened:
         content = json.loads(opened.metadata()["curvlib"])
+    del content["checksum"], content["tensors"]
     tensors = load_file(file)
     change(content, tensors)
-    save_file(tensors, file, metadata={"curvlib": json.dumps(content)})
+    content["tensors"] = {name: described(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"curvlib": json.dumps(sealed(content))})
 
 
 def refused(file: Path, *words: str) -> None:
@@ -100,7 +103,7 @@ def named(tag: str, name: str) -> Change:
 
 
 DAMAGES: dict[str, tuple[Change, list[str]]] = {
-    "a newer version": (lambda c, t: c.update(version=2), ["version 2", "up to 1", "update curvlib"]),
+    "a newer version": (lambda c, t: c.update(version=3), ["version 3", "up to 2", "update curvlib"]),
     "version zero": (lambda c, t: c.update(version=0), ["unknown"]),
     "a version in words": (lambda c, t: c.update(version="1"), ["unknown"]),
     "another format": (lambda c, t: c.update(format="other"), ["unknown"]),

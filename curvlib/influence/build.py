@@ -17,7 +17,16 @@ from curvlib.errors import ArgumentError, PytreeError
 from curvlib.estimators.data import Batch, DataSet, repeatable
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.examples import Group, Record, groups
-from curvlib.influence.folder import LEFT, REPLACE, check_space, forget, number_of, prepare, shards_present
+from curvlib.influence.folder import (
+    LEFT,
+    REPLACE,
+    check_space,
+    forget,
+    number_of,
+    prepare,
+    shards_present,
+    stored_projection,
+)
 from curvlib.influence.index import Index
 from curvlib.influence.manifest import PROJECTION, Manifest, Recipe, Shard, block_rows, dtype_name
 from curvlib.influence.rows import Rows
@@ -81,7 +90,7 @@ class Build:
         for group in members:
             record.add(group.examples)
         self.compare(number, record, kept)
-        shards.check_rows(self.folder, kept, self.recipe)
+        shards.check(self.folder, kept, self.recipe)
         return kept
 
     def computed(self, number: int, members: Iterable[Group], listed: Shard | None) -> Shard:
@@ -235,7 +244,9 @@ def build(
     if count is not None:
         there = sum(shard.examples for shard in present.values())
         check_space(folder, estimate_size(projection, max(0, count - there), dtype, shard_size=shard_size))
-    if not former.finished:
+    if former.finished and (folder / PROJECTION).exists():
+        stored_projection(folder, recipe)
+    else:
         save(projection, folder / PROJECTION)
     rows = Rows(projection, model_fn, params, loss, dtype, {})
     listed = dict(enumerate(former.shards))

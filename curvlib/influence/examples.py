@@ -16,9 +16,10 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from curvlib.capture.engines import examples_in
+from curvlib.checksums import content
 from curvlib.errors import ArgumentError, EmptyBatchError
 from curvlib.estimators.data import Batch, DataSet, batches
-from curvlib.influence.fingerprints import content, named
+from curvlib.influence.fingerprints import named
 
 
 @dataclasses.dataclass(frozen=True)

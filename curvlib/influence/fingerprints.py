@@ -7,25 +7,19 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from curvlib.checksums import content
 from curvlib.losses import Loss
 from curvlib.operators import Projection
 from curvlib.pytree import Tree, flatten, names
-
-
-def content(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values in row-major order."""
-    stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    data: memoryview = stored.flatten().view(torch.uint8).numpy().data
-    return data
 
 
 def fingerprint(labels: Iterable[str], tensors: Iterable[Tensor]) -> str:
     """The sha256 of labels, dtypes, shapes and values.
 
     Example:
+        >>> import torch
         >>> x = torch.arange(6.0).reshape(2, 3)
         >>> fingerprint(["x"], [x]) == fingerprint(["x"], [x.mT.contiguous().mT])
         True

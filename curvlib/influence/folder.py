@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from curvlib.capture.engines import examples_in
 from curvlib.errors import ArgumentError, FormatError
 from curvlib.estimators.data import Batch, DataSet
-from curvlib.influence import shards
+from curvlib.influence import fingerprints, shards
 from curvlib.influence.manifest import PROJECTION, Manifest, Recipe, Shard
+from curvlib.io import load
+from curvlib.operators import Projection
 
 LEFT = ".*tmp*"  # what a process leaves that is killed while it writes a file
 REPLACE = "give another path, or overwrite=True to replace what is there"
@@ -47,6 +49,25 @@ def prepare(folder: Path, recipe: Recipe, overwrite: bool) -> Manifest:
     return begun
 
 
+def stored_projection(folder: Path, recipe: Recipe) -> Projection:
+    """The projection that rows were made with, from disk.
+
+    Raises:
+        FormatError: the file is missing or damaged, or holds another projection.
+    """
+    path = folder / PROJECTION
+    again = "build the index again with the same arguments, which writes only this file"
+    try:
+        projection = load(path)
+    except FileNotFoundError as error:
+        raise FormatError(f"cannot read {path}: the projection is missing; {again}") from error
+    except FormatError as error:
+        raise FormatError(f"{error}; or delete it and {again}") from error
+    if not isinstance(projection, Projection) or fingerprints.of_projection(projection) != recipe.projection:
+        raise FormatError(f"{path} is not the projection that the index was made with; delete it and {again}")
+    return projection
+
+
 def shards_present(folder: Path, former: Manifest, append: bool) -> dict[int, Shard]:
     """The shards that need not be computed, by number: what a finished index lists, and others that are complete.
 
@@ -62,7 +83,7 @@ def shards_present(folder: Path, former: Manifest, append: bool) -> dict[int, Sh
         shard = None
         if file in listed:
             shard = listed[file]
-            shards.check_size(folder, shard, former.recipe)
+            shards.state(folder, shard, former.recipe)
         elif place[1] == former.recipe.shard_size and (append or not former.finished):
             shard = shards.read(folder, file, former.recipe)
         if shard is not None and (place[0] not in found or shard.examples > found[place[0]].examples):

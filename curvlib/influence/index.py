@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import curvlib.io
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, FormatError, ShapeError
 from curvlib.estimators.data import Batch, DataSet
 from curvlib.influence import fingerprints, shards
-from curvlib.influence.manifest import PROJECTION, BlockRow, Manifest
+from curvlib.influence.folder import stored_projection
+from curvlib.influence.manifest import BlockRow, Manifest
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import Projection
 from curvlib.pytree import Tree, flatten, tree_map
@@ -38,9 +38,13 @@ class Index:
     ``sum(index.scores(queries, model_fn, p) for index, p in zip(indexes, checkpoints)) / len(indexes)``. Two indexes of
     one projection are one by ``torch.cat([a.scores(sketches), b.scores(sketches)], 1)``.
 
+    Every file has checksums. Those of the rows are compared when an index reads a file for the first time, and again
+    only if the file has been changed since; `check` compares all.
+
     Args:
         folder: where it is.
         manifest: what it holds.
+        verified: the states of files whose rows have been compared with their checksums, by name; filled on the way.
 
     Example:
         >>> import tempfile
@@ -64,6 +68,7 @@ class Index:
 
     folder: Path
     manifest: Manifest
+    verified: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -81,25 +86,21 @@ class Index:
         """What the rows were made with, read from disk.
 
         Raises:
-            FormatError: the file is damaged, or another projection.
+            FormatError: the file is missing or damaged, or another projection.
         """
-        path = self.folder / PROJECTION
-        projection = curvlib.io.load(path)
-        if not isinstance(projection, Projection) or (
-            fingerprints.of_projection(projection) != self.manifest.recipe.projection
-        ):
-            raise FormatError(f"{path} is not the projection that the index was made with; build the index again")
-        return projection
+        return stored_projection(self.folder, self.manifest.recipe)
 
     def check(self) -> None:
-        """Reads all rows and compares their checksums.
+        """Reads all files and compares their checksums.
 
         Raises:
             FormatError: a file is damaged or missing; names it.
         """
+        stored_projection(self.folder, self.manifest.recipe)
         for shard in self.manifest.shards:
-            shards.check_size(self.folder, shard, self.manifest.recipe)
-            shards.check_rows(self.folder, shard, self.manifest.recipe)
+            state = shards.state(self.folder, shard, self.manifest.recipe)
+            shards.check(self.folder, shard, self.manifest.recipe)
+            self.verified[shard.file] = state
 
     def scores(
         self,
@@ -112,7 +113,7 @@ class Index:
     ) -> Tensor | dict[str, Tensor]:
         """Inner products of all rows with the sketches of queries: estimates of g_q^T (curv + damping)^-1 g_n.
 
-        Rows are mapped into memory and read once.
+        Rows are mapped into memory and read once. The first call also compares their checksums.
 
         Args:
             queries: sketches or data; see the class.
@@ -180,16 +181,20 @@ class Index:
     def parts(self, like: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(number of the first example, rows [n, width]) of all rows in order, with device and dtype of a tensor.
 
-        They are to be used before the next ones are asked for.
+        They are to be used before the next ones are asked for, and to be trusted when there are no more: a file's
+        checksum is compared after its last part.
         """
         recipe, start = self.manifest.recipe, 0
         step = max(1, AT_ONCE // recipe.width)
         converted = recipe.torch_dtype != like.dtype or like.device.type != "cpu"
         buffer = like.new_empty(step if converted else 0, recipe.width)
         for shard in self.manifest.shards:
-            for part in shards.rows(self.folder, shard, recipe).split(step):
+            state = shards.state(self.folder, shard, recipe)
+            known = self.verified.get(shard.file) == state
+            for part in shards.parts(self.folder, shard, recipe, step, verify=not known):
                 yield start, buffer[: len(part)].copy_(part) if converted else part
                 start += len(part)
+            self.verified[shard.file] = state
 
     def query_rows(self, queries: Queries, model_fn: ModelFn | None, params: Tree, loss: Loss) -> Tensor:
         """The rows [Q, width] of queries, in float32 or float64."""
@@ -233,13 +238,15 @@ class Index:
         return found
 
 
-def load(path: str | os.PathLike[str]) -> Index:
+def load(path: str | os.PathLike[str], *, verify: bool = False) -> Index:
     """Opens an index that `build` has finished.
 
-    The sizes of all files are compared with the manifest. Rows are not read; `Index.check` compares their checksums.
+    The sizes of all files of rows are compared with the manifest, which has a checksum. Other checksums are compared
+    when a file is read for the first time. Sketches can be queried without the file of the projection.
 
     Args:
         path: the folder.
+        verify: read all files now, and compare their checksums.
 
     Raises:
         FormatError: there is no index, or it is not finished, damaged or of a newer version; names the file.
@@ -265,5 +272,8 @@ def load(path: str | os.PathLike[str]) -> Index:
     if not manifest.finished:
         raise FormatError(f"the index in {folder} is not finished; call build again with the same arguments")
     for shard in manifest.shards:
-        shards.check_size(folder, shard, manifest.recipe)
-    return Index(folder, manifest)
+        shards.state(folder, shard, manifest.recipe)
+    index = Index(folder, manifest)
+    if verify:
+        index.check()
+    return index

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from curvlib.checksums import digest
 from curvlib.errors import DtypeError, FormatError
 from curvlib.io import settle
 from curvlib.operators import Projection
@@ -118,7 +118,7 @@ class Recipe:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for equal recipes."""
-        return hashlib.sha256(encoded(dataclasses.asdict(self))).hexdigest()
+        return digest(dataclasses.asdict(self))
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of what two recipes do not agree in."""
@@ -133,7 +133,7 @@ class Shard:
     Args:
         file: its name.
         examples: how many rows it has.
-        rows: sha256 of its rows.
+        rows: checksum of its rows: CRC-32, or SHA-256 in files of version 1.
         data: fingerprint of the examples that they belong to.
     """
 
@@ -159,8 +159,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes it in one step."""
         content = dataclasses.asdict(self)
-        checksum = hashlib.sha256(encoded(content)).hexdigest()
-        text = json.dumps({"format": FORMAT, "version": VERSION, "checksum": checksum, "content": content}, indent=1)
+        whole = {"format": FORMAT, "version": VERSION, "checksum": digest(content), "content": content}
+        text = json.dumps(whole, indent=1)
         with unnamed(folder) as temporary:
             with open(temporary, "xb") as file:
                 file.write(text.encode())
@@ -190,8 +190,8 @@ class Manifest:
                     f"cannot read {path}: it has version {version} of the format, and this curvlib reads up to "
                     f"{VERSION}; update curvlib"
                 )
-            case {"format": "curvlib index", "version": int(), "checksum": str(checksum), "content": content}:
-                if hashlib.sha256(encoded(content)).hexdigest() == checksum:
+            case {"format": "curvlib index", "version": 1, "checksum": str(checksum), "content": content}:
+                if digest(content) == checksum:
                     return cls.of(content)
         raise FormatError(
             f"cannot read {path}: it is damaged, or not the manifest of an index; delete the folder and build the "
@@ -228,11 +228,6 @@ class Manifest:
             "scores are attributed to these parameters only, not to what model_fn closes over"
         )
         return "\n".join(lines)
-
-
-def encoded(content: Any) -> bytes:
-    """One text for equal contents."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 @contextlib.contextmanager

@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlib.checksums import damage, is_whole
 from curvlib.errors import ArgumentError, DtypeError, FormatError, NonFiniteError, ShapeError
 from curvlib.io import replace
 
 Train = Callable[[Tensor, int], Tensor]
 
 FORMAT = "curvlib.retraining"
-VERSION = 1
+VERSION = 2  # files of version 1 have no checksums of what they hold
 PATTERN = "subset-*-seed-*.safetensors"
 
 
@@ -142,8 +143,8 @@ def checksum(subset: Tensor) -> str:
 
 def store(folder: Path, subset: Tensor, number: int, seed: int, outputs: Tensor) -> None:
     """Writes the file of a run."""
-    content = json.dumps({"format": FORMAT, "version": VERSION, "subset": checksum(subset)})
-    replace(place(folder, number, seed), {"outputs": outputs.contiguous()}, {FORMAT: content})
+    content = {"format": FORMAT, "version": VERSION, "subset": checksum(subset)}
+    replace(place(folder, number, seed), {"outputs": outputs.contiguous()}, FORMAT, content)
 
 
 def stored(file: Path, expected: str) -> Tensor:
@@ -155,11 +156,17 @@ def stored(file: Path, expected: str) -> Tensor:
     except (SafetensorError, ValueError) as error:
         raise FormatError(f"cannot read {file}: it is no result of retraining ({error}); delete it") from error
     match content:
-        case {"version": int(version), "subset": subset} if version == VERSION:
-            if subset == expected:
-                return outputs
-            raise ArgumentError(
-                f"{file} is the result of another subset than the one given: give the same subsets, another path, or "
-                "overwrite=True, which deletes what is there"
-            )
-    raise FormatError(f"cannot read {file}: its header is damaged or of another version; delete it")
+        case {"version": 1, "subset": subset}:
+            fault = None
+        case {"version": 2, "subset": subset, "tensors": dict(descriptions)} if is_whole(content):
+            fault = damage({"outputs": outputs}, descriptions)
+        case _:
+            raise FormatError(f"cannot read {file}: its header is damaged or of another version; delete it")
+    if fault is not None:
+        raise FormatError(f"cannot read {file}: {fault}; delete it")
+    if subset != expected:
+        raise ArgumentError(
+            f"{file} is the result of another subset than the one given: give the same subsets, another path, or "
+            "overwrite=True, which deletes what is there"
+        )
+    return outputs

@@ -1,7 +1,8 @@
 """Files of rows: safetensors with one tensor, written row by row and mapped into memory for reading.
 
 Every header has the same length, so that it can be written last, when the checksum of the rows is known, and so that
-the rows begin at a page. A file gets its name when it is complete and on disk.
+the rows begin at a page. A file gets its name when it is complete and on disk. Files of version 1 have SHA-256 of their
+rows in place of CRC-32, and no checksum of what the header says.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from curvlib.checksums import Crc32, content, is_whole, sealed
 from curvlib.errors import FormatError
-from curvlib.influence.fingerprints import content
 from curvlib.influence.manifest import DTYPES, Recipe, Shard, unnamed
 from curvlib.io import settle
 
 HEADER = 4096
-CHUNK = 1 << 24  # bytes that are looked at together
+CHUNK = 1 << 22  # bytes that are looked at together
 FORMAT = "curvlib rows"
-VERSION = 1
+VERSION = 2
 AGAIN = "delete it and build the index again with the same arguments, which computes only this file"
 
 
@@ -47,7 +48,7 @@ def header(recipe: Recipe, number: int, shard: Shard) -> bytes:
     described |= {"rows": shard.rows, "data": shard.data}
     text = json.dumps(
         {
-            "__metadata__": {"curvlib": json.dumps(described)},
+            "__metadata__": {"curvlib": json.dumps(sealed(described))},
             "rows": {
                 "dtype": DTYPES[recipe.dtype],
                 "shape": [shard.examples, recipe.width],
@@ -69,7 +70,7 @@ class ShardWriter:
 
     def __init__(self, file: BinaryIO, path: Path, recipe: Recipe) -> None:
         self.file, self.path, self.recipe = file, path, recipe
-        self.checksum = hashlib.sha256()
+        self.checksum = Crc32()
         file.write(bytes(HEADER))
 
     def append(self, rows: Tensor) -> None:
@@ -106,61 +107,70 @@ def read(folder: Path, file: str, recipe: Recipe) -> Shard | None:
     try:
         with safe_open(path, framework="pt") as opened:
             described = json.loads((opened.metadata() or {})["curvlib"])
-            shape = tuple(opened.get_slice("rows").get_shape())
+            stored = opened.get_slice("rows")
+            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise FormatError(f"cannot read {path}: it is truncated or damaged ({error}); {AGAIN}") from error
     match described:
         case {"format": "curvlib rows", "version": int(version)} if version > VERSION:
             raise FormatError(f"cannot read {path}: version {version} is newer than this curvlib's; update curvlib")
-        case {"format": "curvlib rows", "recipe": str(made_by), "number": int(number), "rows": str(), "data": str()}:
+        case {"format": "curvlib rows", "version": 1 | 2 as version, "recipe": str(made_by), "number": int(number)} if (
+            version == 1 or is_whole(described)
+        ):
             if made_by != recipe.fingerprint:
                 return None
-            if (number, shape) == (expected and expected[0], (expected and expected[1], recipe.width)):
+            if (number, *shape, dtype) == (*(expected or ()), recipe.width, DTYPES[recipe.dtype]):
                 return Shard(file, shape[0], described["rows"], described["data"])
     raise FormatError(f"cannot read {path}: its header is damaged; {AGAIN}")
 
 
-def check_size(folder: Path, shard: Shard, recipe: Recipe) -> None:
-    """Refuses a file that is missing or not as long as it should be, without opening it.
+def state(folder: Path, shard: Shard, recipe: Recipe) -> tuple[int, int]:
+    """What changes when the file does, without opening it.
 
     Raises:
-        FormatError: names it.
+        FormatError: it is missing, or not as long as it should be; names it.
     """
     path = folder / shard.file
     try:
-        found = path.stat().st_size
+        found = path.stat()
     except FileNotFoundError as error:
         raise FormatError(
             f"cannot read {path}: it is missing; build the index again with the same arguments, which computes only "
             "this file"
         ) from error
     expected = HEADER + shard.examples * recipe.row_bytes
-    if found != expected:
-        raise FormatError(f"cannot read {path}: it has {found} bytes in place of {expected}; {AGAIN}")
+    if found.st_size != expected:
+        raise FormatError(f"cannot read {path}: it has {found.st_size} bytes in place of {expected}; {AGAIN}")
+    return found.st_ino, found.st_mtime_ns
 
 
-def rows(folder: Path, shard: Shard, recipe: Recipe) -> Tensor:
-    """The rows [examples, width] of a shard, mapped into memory.
+def parts(folder: Path, shard: Shard, recipe: Recipe, step: int, *, verify: bool) -> Iterator[Tensor]:
+    """The rows [n, width] of a shard, mapped into memory, n at most ``step``.
+
+    If they are to be verified, their checksum is known, and compared, once the last part has been used.
 
     Raises:
-        FormatError: the header is not what the manifest says; names the file.
+        FormatError: the header is not what the manifest says, or the rows are damaged; names the file.
     """
+    path = folder / shard.file
     if read(folder, shard.file, recipe) != shard:
-        raise FormatError(f"cannot read {folder / shard.file}: it does not belong to the manifest; {AGAIN}")
-    with safe_open(folder / shard.file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor("rows")
-    return tensor
+        raise FormatError(f"cannot read {path}: it does not belong to the manifest; {AGAIN}")
+    with safe_open(path, framework="pt") as opened:
+        rows: Tensor = opened.get_tensor("rows")
+    checksum = hashlib.sha256() if len(shard.rows) == 64 else Crc32()
+    for part in rows.split(step):
+        if verify:
+            checksum.update(content(part))
+        yield part
+    if verify and checksum.hexdigest() != shard.rows:
+        raise FormatError(f"{path} is damaged: the checksum of its tensor 'rows' is another one; {AGAIN}")
 
 
-def check_rows(folder: Path, shard: Shard, recipe: Recipe) -> None:
+def check(folder: Path, shard: Shard, recipe: Recipe) -> None:
     """Reads all rows and compares their checksum.
 
     Raises:
         FormatError: the file is damaged; names it.
     """
-    found = rows(folder, shard, recipe)
-    checksum = hashlib.sha256()
-    for part in found.split(max(1, CHUNK // recipe.row_bytes)):
-        checksum.update(content(part))
-    if checksum.hexdigest() != shard.rows:
-        raise FormatError(f"{folder / shard.file} is damaged: the checksum of its rows is another one; {AGAIN}")
+    for _ in parts(folder, shard, recipe, max(1, CHUNK // recipe.row_bytes), verify=True):
+        pass
