@@ -126,14 +126,16 @@ def check_same_examples(batch: Batch | DataSet, what: str) -> None:
 def random_sampler(batch: Batch | DataSet) -> Any:
     """What brings a loader's examples in random order; None if nothing is known to do so.
 
-    It is looked for behind the batch sampler, and behind samplers that wrap others.
+    It is looked for behind the batch sampler, and behind samplers that wrap others. A sampler of another library
+    draws if it says so (``shuffle``), or says nothing and has a generator or a seed.
     """
     found = getattr(batch.loader, "batch_sampler", None) if isinstance(batch, DataSet) else None
     if isinstance(batch, DataSet) and found is None:
         found = getattr(batch.loader, "sampler", None)
     seen: list[Any] = []
     while found is not None and not any(found is x for x in seen):
-        if isinstance(found, RANDOM) or getattr(found, "shuffle", False) is True:
+        draws = hasattr(found, "generator") or hasattr(found, "seed")
+        if isinstance(found, RANDOM) or getattr(found, "shuffle", draws) is True:
             return found
         seen.append(found)
         found = next((x for x in (getattr(found, name, None) for name in INNER) if x is not None), None)
