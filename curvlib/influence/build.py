@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, PytreeError
-from curvlib.estimators.data import Batch, DataSet, repeatable
+from curvlib.estimators.data import Batch, DataSet, check_order, repeatable
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.examples import Group, Record, groups
 from curvlib.influence.folder import (
@@ -194,7 +195,7 @@ def build(
 
     Raises:
         ArgumentError: the folder holds the index of other parameters, of another projection, loss or form, or of other
-            data, and ``overwrite`` is not given; or a number is out of range.
+            data, and ``overwrite`` is not given; the loader is in random order; or a number is out of range.
         FormatError: a file there is damaged, foreign or of a newer version; names it.
         PytreeError: the projection was made for other parameters.
         DtypeError: rows cannot have this dtype.
@@ -220,10 +221,16 @@ def build(
         True
     """
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, Integral) or value < 1:
+            raise ArgumentError(f"{name} must be at least 1 and an integer, got {value!r}")
+    if not isinstance(projection, Projection):
+        raise ArgumentError(
+            "projection must come from curv.power(-0.5, damping).project(R), R a cv.sketch or a cv.EigenSketch, got a "
+            f"{type(projection).__name__}"
+        )
     if not is_eager():
         raise ArgumentError("build writes files and cannot be called inside a transform or a trace; call it outside")
+    check_order(data, "an index numbers its examples in the order of the data")
     if Domain.of(params) != projection.domain:
         raise PytreeError("the projection was made for params of another structure or other shapes")
     recipe = Recipe(

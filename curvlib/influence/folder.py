@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from curvlib.capture.engines import examples_in
 from curvlib.errors import ArgumentError, FormatError
-from curvlib.estimators.data import Batch, DataSet
+from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.manifest import PROJECTION, Manifest, Recipe, Shard
 from curvlib.io import load
@@ -101,12 +102,12 @@ def forget(folder: Path, kept: Iterable[Shard]) -> None:
 
 def number_of(data: Batch | DataSet) -> int | None:
     """How many examples there are, to less than a batch; None if only reading them would tell."""
-    if not isinstance(data, DataSet):
-        return examples_in(data[0])
-    match data.loader:
-        case list() | tuple() as batches:
-            return sum(examples_in(inputs) for inputs, _ in batches)
-        case DataLoader(batch_size=int(size)) as loader if not isinstance(loader.dataset, IterableDataset):
+    loader = data.loader if isinstance(data, DataSet) else [data]
+    if isinstance(loader, (list, tuple)):
+        return sum(examples_in(inputs) for inputs, _ in batches(DataSet(loader, progress=False)))
+    size = getattr(loader, "batch_size", None)
+    if isinstance(loader, DataLoader) and size is not None and not isinstance(loader.dataset, IterableDataset):
+        with contextlib.suppress(TypeError, NotImplementedError):  # samplers need not have a length
             return len(loader) * size
     return None
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from curvlib.capture.engines import ModelFn
-from curvlib.errors import ArgumentError, FormatError, ShapeError
+from curvlib.errors import ArgumentError, DtypeError, FormatError, NonFiniteError, ShapeError
 from curvlib.estimators.data import Batch, DataSet
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.folder import stored_projection
 from curvlib.influence.manifest import BlockRow, Manifest
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import Projection
-from curvlib.pytree import Tree, flatten, tree_map
+from curvlib.pytree import Domain, Tree, flatten, tree_map
 
 AT_ONCE = 1 << 20  # numbers that are multiplied together: few enough to stay in the cache where rows are converted
 
@@ -127,8 +127,11 @@ class Index:
 
         Raises:
             ArgumentError: queries are data and model_fn or params are missing, or params are those of another
-                checkpoint; or a block's sketches are missing.
+                checkpoint, or the loader is in random order; or a block's sketches are missing.
             ShapeError: sketches of another shape; names the block.
+            DtypeError: sketches that are not floating-point tensors; names the block.
+            NonFiniteError: a query's sketch is not finite; names block and query.
+            PytreeError: params are no pytree of tensors.
             FormatError: a file is damaged; names it.
         """
         rows = self.query_rows(queries, model_fn, params, loss)
@@ -208,7 +211,11 @@ class Index:
             )
         rows = []
         for block in self.blocks:
-            sketch = queries[block.name].detach()
+            sketch = queries[block.name]
+            if not isinstance(sketch, Tensor) or not sketch.is_floating_point():
+                kind = sketch.dtype if isinstance(sketch, Tensor) else f"a {type(sketch).__name__}"
+                raise DtypeError(f"block {block.name!r}: sketches of queries should be floating tensors, got {kind}")
+            sketch = sketch.detach()
             if tuple(sketch.shape) == block.shape:
                 sketch = sketch.unsqueeze(0)
             if tuple(sketch.shape[1:]) != block.shape:
@@ -217,6 +224,11 @@ class Index:
                     f"{', '.join(map(str, block.shape))}], got {tuple(queries[block.name].shape)}"
                 )
             rows.append(sketch.flatten(1).to(dtype))
+            if not rows[-1].isfinite().all():
+                query = int((~rows[-1].isfinite()).any(1).nonzero()[0])
+                raise NonFiniteError(
+                    f"block {block.name!r}: the sketch of query {query} is not finite in {dtype}; look at the query"
+                )
         if len({len(part) for part in rows}) > 1:
             raise ShapeError("the blocks hold sketches of different numbers of queries")
         return torch.cat(rows, 1)
@@ -227,6 +239,7 @@ class Index:
         """The sketches of data."""
         if model_fn is None or params is None:
             raise ArgumentError("queries that are data need model_fn and params; sketches are {block: [Q, ...]}")
+        Domain.of(params)
         if fingerprints.of_params(params) != self.manifest.recipe.params:
             raise ArgumentError(
                 f"params are not those that the index in {self.folder} was made for: take them from the same "

@@ -33,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
         DtypeError: another dtype.
     """
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or name not in DTYPES:
         raise DtypeError(f"rows may be of torch.{', torch.'.join(DTYPES)}, not of {dtype}")
     return name
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, ShapeError, naming
-from curvlib.estimators.data import Batch, DataSet
+from curvlib.estimators.data import Batch, DataSet, check_order
 from curvlib.estimators.observations import objective_gradient, planned
 from curvlib.estimators.per_example import ExampleGradients, example_gradients
 from curvlib.influence.pairs import Vectors
@@ -167,8 +167,9 @@ def scores(
             of one vector, a pytree like params.
         model_fn: pure function (params, inputs) -> outputs.
         params: pytree of floating-point tensors.
-        queries: (inputs, targets), or a data set `over` a loader, which is read once.
-        train: (inputs, targets), or a data set, which is read once for every ``query_batch`` queries.
+        queries: (inputs, targets), or a data set `over` a loader, which is read once. Rows are in its order.
+        train: (inputs, targets), or a data set, which is read once for every ``query_batch`` queries. Columns are in
+            its order.
         loss: the loss that the model was trained with.
         measurement: what is measured on queries in place of the loss, such as ``cv.CustomLoss(margin)``; it need not be
             convex.
@@ -190,7 +191,8 @@ def scores(
     Raises:
         PytreeError: ``curv_inverse`` does not act on vectors like params.
         EmptyBatchError: there is no query, or no training example.
-        ArgumentError: a value that is not documented, or training data that would have to be read twice and cannot be.
+        ArgumentError: a value that is not documented; training data that would have to be read twice and cannot be; or
+            a loader in random order, where examples are not added up.
         ShapeError: ``per_token`` where blocks or batches have different numbers of positions, or none; names the block.
 
     Example:
@@ -208,6 +210,10 @@ def scores(
     """
     check_options(query_batch, query_rank, per_token, aggregate)
     check_inverse(curv_inverse, Domain.of(params))
+    if aggregate != "queries":
+        check_order(queries, "scores have one row a query, in the order of the data")
+    if aggregate != "train":
+        check_order(train, "scores have one column a training example, in the order of the data")
     asked = Source(model_fn, params, queries, measurement or loss, engine)
     known = Source(model_fn, params, train, loss, engine)
     wanted = Wanted(by_block, per_token)
@@ -252,6 +258,7 @@ def self_influence(
     Raises:
         PytreeError: ``curv_inverse`` does not act on vectors like params.
         EmptyBatchError: there is no training example.
+        ArgumentError: the loader is in random order.
 
     Example:
         >>> import curvlib as cv
@@ -263,6 +270,7 @@ def self_influence(
         True
     """
     check_inverse(curv_inverse, Domain.of(params))
+    check_order(train, "self-influence has one number a training example, in the order of the data")
     source = Source(model_fn, params, train, loss, engine)
     parts = []
     for batch in bar(source, progress):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from curvlib.capture.engines import ModelFn
-from curvlib.errors import ArgumentError
-from curvlib.estimators.data import Batch, DataSet, repeatable
+from curvlib.capture.engines import ModelFn, examples_in
+from curvlib.errors import ArgumentError, ShapeError
+from curvlib.estimators.data import Batch, DataSet, batches, repeatable
 from curvlib.influence.index import Index
 from curvlib.influence.preconditioning import Inverse
 from curvlib.influence.scores import scores
@@ -29,7 +29,14 @@ class Fetched:
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches in the order of the numbers."""
         for part in self.examples.split(self.batch_size):
-            yield self.fetch(part)
+            batch = self.fetch(part)
+            [(inputs, _)] = batches(batch)
+            if examples_in(inputs) != len(part):
+                raise ShapeError(
+                    f"fetch was given the numbers of {len(part)} examples and returned {examples_in(inputs)}; it must "
+                    "return (inputs, targets) of these examples, in their order"
+                )
+            yield batch
 
 
 def rerank(
@@ -59,7 +66,7 @@ def rerank(
         params: pytree of tensors, those that the index was made for.
         queries: (inputs, targets), or a data set `over` a loader; it is read twice.
         fetch: a function of an integer tensor [n], ascending numbers of training examples, that returns these
-            examples (inputs, targets).
+            examples (inputs, targets), in this order.
         recall: the share of the training data that is looked at for a query.
         loss: the loss that the model was trained with.
         measurement: what is measured on queries in place of the loss.
@@ -69,7 +76,9 @@ def rerank(
         (exact scores [Q, k], descending; numbers of the examples [Q, k]).
 
     Raises:
-        ArgumentError: not 0 < recall <= 1, or k or params do not fit the index, or queries cannot be read twice.
+        ArgumentError: not 0 < recall <= 1, or k or params do not fit the index, or queries cannot be read twice, or
+            come in random order.
+        ShapeError: ``fetch`` does not return as many examples as it was asked for.
 
     Example:
         >>> import tempfile
@@ -89,6 +98,8 @@ def rerank(
     """
     if not 0 < recall <= 1:
         raise ArgumentError(f"recall must be a share of the examples, 0 < recall <= 1, got {recall}")
+    if not 1 <= k <= len(index):
+        raise ArgumentError(f"k must lie between 1 and the {len(index)} examples of the index, got {k}")
     repeatable(queries)
     count = max(k, math.ceil(recall * len(index)))
     _, recalled = index.top(count, queries, model_fn, params, loss=measurement or loss)

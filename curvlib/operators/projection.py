@@ -84,6 +84,7 @@ class Projection:
             PytreeError: the curvature was made for other parameters.
             CaptureError: a parameter is used by a call that is not understood.
             TargetError: the targets do not fit the loss.
+            ArgumentError: the loader is in random order.
 
         Example:
             >>> import curvlib as cv
@@ -94,12 +95,14 @@ class Projection:
             >>> root.project(EigenSketch(rank=2)).per_example(model_fn, params, batch)["w"].shape
             torch.Size([9, 2, 2])
         """
+        from curvlib.estimators.data import check_order
         from curvlib.estimators.observations import planned  # estimators are made of operators
         from curvlib.estimators.per_example import example_gradients
         from curvlib.losses import CrossEntropy
 
         if Domain.of(params) != self.domain:
             raise PytreeError("the projection was made for params of another structure or other shapes")
+        check_order(batch, "projections have one row an example, in the order of the data")
         parts = []
         for plan, inputs, targets in planned(model_fn, params, batch, None):
             loss = CrossEntropy() if loss is None else loss
