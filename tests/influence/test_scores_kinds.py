@@ -219,11 +219,20 @@ EITHER: dict[str, Callable[[int], Case]] = {
         lambda p, x: F.embedding(x, p["a"], padding_idx=-1).flatten(1) @ p["b"].mT,
         {"a": (3, 5), "b": (4, 15)}, tokens(3, 3), n,
     ),
+    "detach": with_use(lambda a: a.detach()),
+    "detach and clone": with_use(lambda a: a.detach().clone()),
+    "data": with_use(lambda a: a.data),
     "no_grad": with_use(frozen_use),
+    "detach of a transpose": with_use(lambda a: a.mT.detach()),
+    "transpose of what is detached": with_use(lambda a: a.detach().mT),
     "a branch without gradient": lambda n: of_function(frozen_branch, {"a": A, "b": B}, vectors(5), n),
     "detached activations": lambda n: of_function(
         lambda p, x: torch.tanh(x @ p["a"]) @ p["b"].mT + torch.tanh(x @ p["a"]).detach() @ p["b"].mT,
         {"a": A, "b": B}, vectors(5), n,
+    ),
+    "detached bias": lambda n: of_function(
+        lambda p, x: F.linear(torch.tanh(F.linear(x, p["a"], p["c"].detach()) + p["c"]), p["b"]),
+        {"a": A, "b": B, "c": (5,)}, vectors(5), n,
     ),
     "straight-through rounding": lambda n: of_function(
         lambda p, x: torch.tanh(x @ (p["a"] + (p["a"].round() - p["a"]).detach())) @ p["b"].mT,
@@ -261,6 +270,72 @@ def test_influence_is_right_or_refused(name: str, n: int) -> None:
     either(EITHER[name](n))
 
 
+# --- examples that depend on each other -------------------------------------------------------------------------------
+
+
+def between(mix: Callable[[Tensor], Tensor]) -> Callable[[int], Case]:
+    """A model that mixes what examples hold between two layers."""
+
+    def model_fn(p: Params, x: Tensor) -> Tensor:
+        return mix(torch.tanh(x @ p["a"])) @ p["b"].mT
+
+    return lambda n: of_function(model_fn, {"a": A, "b": B}, vectors(5), n)
+
+
+DEPENDENT: dict[str, Callable[[int], Case]] = {
+    "batch norm": lambda n: of_module(
+        nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)).train(), vectors(5), n
+    ),
+    "batch norm with weights": lambda n: of_module(
+        nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train(), vectors(5), n
+    ),
+    "mean": between(lambda h: h - h.mean(0)),
+    "mean of all": between(lambda h: h - h.mean()),
+    "sum": between(lambda h: h + h.sum(0, keepdim=True)),
+    "variance": between(lambda h: h / (1 + h.var(0))),
+    "norm": between(lambda h: h / (1 + h.norm(dim=0))),
+    "softmax": between(lambda h: h.softmax(0)),
+    "running sum": between(lambda h: h.cumsum(0)),
+    "greatest": between(lambda h: h - h.amax(0)),
+    "attention": between(lambda h: (h @ h.mT).softmax(-1) @ h),
+    "einsum": between(lambda h: torch.einsum("nd,md->nm", h, h) @ h),
+    "neighbours": between(lambda h: h + h.roll(1, 0)),
+    "mirrored": between(lambda h: h + h.flip(0)),
+    "the first": between(lambda h: h + h[:1]),
+    "mean of inputs": lambda n: of_function(
+        lambda p, x: torch.tanh((x - x.mean(0)) @ p["a"]) @ p["b"].mT, {"a": A, "b": B}, vectors(5), n
+    ),
+    "mean of outputs": lambda n: of_function(
+        lambda p, x: (lambda z: z - z.mean(0))(torch.tanh(x @ p["a"]) @ p["b"].mT), {"a": A, "b": B}, vectors(5), n
+    ),
+    "mean, then layers": lambda n: of_function(
+        lambda p, x: x @ p["a"] @ p["b"].mT + (x.mean(0) @ p["c"]).tanh() @ p["b"].mT,
+        {"a": A, "b": B, "c": A}, vectors(5), n,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", EXAMPLES)
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_influence_of_examples_that_depend_on_each_other_is_refused(name: str, n: int) -> None:
+    case = DEPENDENT[name](n)
+    apart, together = one_at_a_time_outputs(case)
+    assert not torch.allclose(apart, together)  # they do depend on each other
+    for action in (
+        lambda: case.scores(lambda v: v),
+        lambda: cv.influence.self_influence(lambda v: v, case.model_fn, case.params, case.train),
+    ):
+        with pytest.raises(CaptureError):
+            action()
+
+
+def one_at_a_time_outputs(case: Case) -> tuple[Tensor, Tensor]:
+    inputs, _ = case.train
+    eight = torch.cat([inputs] * 2)  # batch norm wants two examples at least
+    alone = torch.cat([case.model_fn(case.params, x.repeat(2, 1))[:1] for x in inputs.split(1)])
+    return alone, case.model_fn(case.params, eight)[: len(inputs)]
+
+
 # --- inputs whose examples come second --------------------------------------------------------------------------------
 
 
@@ -293,8 +368,12 @@ SECOND: dict[str, Callable[[], nn.Module]] = {
     "weighted": lambda: Over(lambda h: (h.softmax(0) * h).sum(0)),
     "running sum": lambda: Over(lambda h: h.cumsum(0)[-1]),
     "fused": Gated,
+    "running sum at each step": lambda: Over(lambda h: h.cumsum(0)),
+    "a position a step": lambda: Over(lambda h: (h + normal(9, 4, 1, 5)[: len(h)]).tanh().sum(0)),
+    "a weight a step": lambda: Over(lambda h: torch.einsum("t,tnd->nd", normal(9, 4)[: len(h)], h)),
     "so many steps": lambda: Over(lambda h: h.unflatten(0, (len(h), 1))[:4].sum((0, 1))),
     "steps by number": lambda: Over(lambda h: h[0] + 2 * h[1] - h[2]),
+    "back to examples first": lambda: Over(lambda h: (h + normal(9, 4, 1, 5)[: len(h)]).transpose(0, 1).sum(1)),
 }
 
 
