@@ -275,9 +275,9 @@ class FakeRun(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return self.dispatch(func, types, args, kwargs)
         targets = self.flow.targets(func, args, kwargs)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result = self.dispatch(func, types, args, kwargs)
         self.flow.follow(func, args, kwargs, result, targets)
         return result
 

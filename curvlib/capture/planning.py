@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from curvlib.capture.aliases import parameters, tensors_in
@@ -219,19 +219,17 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, list[Tensor]], *, f
                 return x.detach().clone(memory_format=torch.contiguous_format)
             shape = tuple(map(int, x.shape))
             shape = (examples.number, *shape[1:]) if any(x is y for y in counting) else shape
-            return torch.empty(shape, dtype=x.dtype, device=x.device)
+            return FakeTensor(fake_run, torch.empty(shape, dtype=x.dtype, device="meta"), x.device)
 
-        if fake:
-            stack.enter_context(FakeRun(mode.flow))
-        else:
+        fake_run = FakeRun(mode.flow)
+        if not fake:
             devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(nothing_saved())
         inputs = torch_pytree.tree_map_only(Tensor, stand_in, inputs)
         stand_ins = [stand_in(x).requires_grad_() for x in mode.originals]
         mode.follow(stand_ins, inputs)
-        if not fake:
-            stack.enter_context(RealRun(mode.flow))
+        stack.enter_context(fake_run if fake else RealRun(mode.flow))
         stack.enter_context(mode)
         return model_fn(domain.tree(stand_ins), inputs)
 
