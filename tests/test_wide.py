@@ -102,7 +102,7 @@ def test_the_default_says_once_what_it_leaves_out(caplog: pytest.LogCaptureFixtu
         for _ in range(2):
             estimate(case, cv.WideDiagonal(above=15))
     assert [record.getMessage() for record in caplog.records] == [
-        "a side of width 17 is wider than 15: only the diagonal of its factor is kept; `wide` offers other choices"
+        "a side of width 17 is wider than 15: only the diagonal of its factor is kept; see `wide`"
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.estimators.factors import FactorCollector, UseSums
-from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass
-from curvlib.layers.base import KroneckerLayer, Layer
-from curvlib.layers.rows import DenseRows, Rows, chunks, sum_of_squares, summed
+from curvlib.layers.base import KroneckerLayer, Layer, positions_that_count, second_moment
+from curvlib.layers.rows import DenseRows, Rows, chunks, groups_first, sum_of_squares, summed
 from curvlib.layers.wide import Moment as WideMoment
+from curvlib.layers.wide import Wide
 from curvlib.linalg.gram import full_precision
 from curvlib.linalg.row_space import row_space
 from curvlib.operators import LowRank, LowRankBasis
@@ -50,25 +51,32 @@ def in_chunks(uses: Sequence[Use]) -> Iterator[Tensor]:
 
 
 class Moment(ABC):
-    """A second moment of per-example gradients; a tuple of tensors that are added over examples and vectors."""
+    """A second moment of per-example gradients; a tuple of what is added over examples and vectors."""
 
     @abstractmethod
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Any, ...]:
         """The moment of a block, from all uses of its weight in one stack of vectors."""
 
     @abstractmethod
-    def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
+    def zero(self, block: Block, like: Tensor) -> tuple[Any, ...]:
         """The moment of a block that does not reach the outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Tensors that are added one by one."""
+    """Moments that are added one by one."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(tuple(a + b for a, b in zip(self.tensors, other.tensors, strict=True)))
+        return Totals(tuple(starmap(plus, zip(self.tensors, other.tensors, strict=True))))
+
+
+def plus(a: Any, b: Any) -> Any:
+    """The sum of two moments, of which one may be the diagonal [d] of a matrix [d, d] that is diagonal."""
+    if isinstance(a, Tensor) and a.ndim != b.ndim:
+        return torch.diag_embed(a) + b if a.ndim < b.ndim else a + torch.diag_embed(b)
+    return a + b
 
 
 class MomentCollector(Collector):
@@ -93,7 +101,8 @@ class MomentCollector(Collector):
         rows, extra = kept
         g = layer.output_rows(g, extra, self.now.examples)
         if self.now.options.sharing == "reduce":
-            rows, g = rows.mean(g), g.sum(-2, keepdim=True)
+            counted = positions_that_count(self.now.mask, self.now.examples, rows.shape[-2])
+            rows, g = rows.mean(g, counted), g.sum(-2, keepdim=True)
         use = Use(rows, g, placement.transposed)
         block = self.block_of[placement]
         if len(block.placements) == 1:
@@ -271,27 +280,22 @@ class GradientSquares(Moment):
 
 @dataclasses.dataclass(frozen=True)
 class TraceMoments(Moment):
-    """sum_n D_n D_n^T and sum_n D_n^T D_n, the factors of TKFAC (of a wide side: its diagonal)."""
+    """sum_n D_n D_n^T and sum_n D_n^T D_n, the factors of TKFAC: of a wide side, what is kept of it."""
 
-    options: Options
+    wide: Wide
 
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
-        *_, rows, columns = block.layout.shape
-        widest = self.options.wide.above
-        if len(uses) == 1 and max(rows, columns) <= widest:
+    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor | WideMoment, ...]:
+        if len(uses) == 1 and not uses[0].transposed and max(block.layout.shape[-2:]) <= self.wide.above:
             return uses[0].rows.left_moment(uses[0].g), uses[0].rows.right_moment(uses[0].g)
-        lefts, rights = [], []
-        for gradients in in_chunks(uses):
-            lefts.append(moment(gradients.mT, rows <= widest))
-            rights.append(moment(gradients, columns <= widest))
+        parts = [(self.moment(gradients.mT), self.moment(gradients)) for gradients in in_chunks(uses)]
+        lefts, rights = zip(*parts, strict=True)
         return summed(lefts), summed(rights)
 
-    def zero(self, block: Block, like: Tensor) -> tuple[Tensor, ...]:
+    def moment(self, matrices: Tensor) -> Tensor | WideMoment:
+        """The sum of M^T M over M [K, N, *groups, m, n]: that of the rows of all of them."""
+        return second_moment(groups_first(matrices, 2), None, self.wide, augmented=False)
+
+    def zero(self, block: Block, like: Tensor) -> tuple[Tensor | WideMoment, ...]:
         *groups, rows, columns = block.layout.shape
-        sides = [2 if width <= self.options.wide.above else 1 for width in (rows, columns)]
-        return like.new_zeros(*groups, *(rows,) * sides[0]), like.new_zeros(*groups, *(columns,) * sides[1])
-
-
-def moment(matrices: Tensor, dense: bool) -> Tensor:
-    """The sum of M^T M over [K, N, *groups, m, n], or its diagonal."""
-    return (matrices.mT @ matrices).sum((0, 1)) if dense else matrices.square().sum(-2).sum((0, 1))
+        left, right = (self.wide.zero(tuple(groups), width, like) for width in (rows, columns))
+        return left, right

@@ -28,7 +28,7 @@ from curvlib.errors import naming
 from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import elementwise_block
 from curvlib.estimators.factors import assemble
-from curvlib.estimators.gradients import Number, begin, places_of_leaves, step
+from curvlib.estimators.gradients import Number, begin, check_diagonal, places_of_leaves, step
 from curvlib.estimators.observations import Observations, Sandwiches, observe, of_objective, planned, wide_sides
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Statistics
@@ -96,7 +96,7 @@ class DyKAF:
             start: see `init`.
             generator: randomness for a ``random`` start; None: a fresh generator with seed 0.
             elementwise: scales, shifts and lone biases have the ``diagonal`` of E[g g^T], or the ``dense`` matrix.
-            wide: the width beyond which a side has a diagonal factor.
+            wide: the width beyond which a side has a diagonal factor; a `WideDiagonal`.
             engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else
                 autograd.
             plan: the model's `plan`, if already made for inputs of these shapes.
@@ -105,11 +105,12 @@ class DyKAF:
             `Kronecker` blocks: a `ScaledPower` with the scale on the left, a factor of norm one on the right.
 
         Raises:
-            ArgumentError: an unknown integrator or start, or no sweep.
+            ArgumentError: an unknown integrator or start, no sweep, or ``wide`` is no `WideDiagonal`.
             CaptureError: a parameter is used by a call that is not understood.
             TargetError: the targets do not fit the loss.
             NonFiniteError: a factor is not finite; names its block.
         """
+        check_diagonal(wide, "dykaf")
         rule = Rule(integrator, sweeps, start, generator)
         if not per_example:
             return of_objective(
@@ -145,15 +146,17 @@ class DyKAF:
                 ``identity``: factors of full rank where the gradient has it.
             generator: randomness for ``random``; None: a fresh generator with seed 0.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
-            wide: the width beyond which a factor of a matrix is diagonal.
+            wide: the width beyond which a factor of a matrix is diagonal; a `WideDiagonal`.
 
         Returns:
             An operator on pytrees like ``grads``, in float32 for half-precision gradients.
 
         Raises:
-            ArgumentError: an unknown start; or a tensor of order three or more has a wide axis; names it.
+            ArgumentError: an unknown start; ``wide`` is no `WideDiagonal`; or a tensor of order three or more has a
+                wide axis; names it.
             PytreeError, DtypeError: not a pytree of floating-point tensors; names the leaf.
         """
+        check_diagonal(wide, "dykaf")
         rule, domain = Rule("ksl", 1, start, generator), Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
         return begin(leaves, places, domain, rule.start, elementwise=elementwise, wide=wide)

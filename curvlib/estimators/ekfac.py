@@ -31,6 +31,7 @@ from curvlib.estimators.correction import (
 from curvlib.estimators.data import Batch, DataSet, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import UseSums, added, assemble, check_finite, kronecker_block
+from curvlib.estimators.gradients import spread
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
@@ -47,7 +48,7 @@ from curvlib.operators import (
     OrthogonalBasis,
     Sum,
 )
-from curvlib.pytree import Domain, Tree, flatten, tree_map
+from curvlib.pytree import Domain, Tree, flatten
 
 CORRECTIONS = ("example", "position")
 
@@ -245,16 +246,18 @@ def tkfac(
         batch: (inputs, targets) or a data set.
         loss: the objective.
         fisher: ``type-2``, ``mc`` or ``empirical``.
-        sharing: ``expand``: D is the example's gradient, sum_t g_t a_t^T; ``reduce``: (sum_t g_t)(mean_t a_t)^T.
+        sharing: ``expand``: D is the example's gradient, sum_t g_t a_t^T; ``reduce``: (sum_t g_t)(mean_t a_t)^T, the
+            mean being over positions whose targets count.
         mc_samples: draws an example for ``mc``.
         generator: randomness for ``mc``; None: a fresh generator with seed 0.
         elementwise: ``diagonal`` or ``dense``.
-        wide: the width beyond which a side gets a diagonal factor.
+        wide: what is kept of the factors of sides that are too wide for a dense one, as for `kfac`: every choice keeps
+            the trace.
         engine: "functional", "autograd" or None.
         plan: the model's plan.
 
     Returns:
-        `Kronecker` blocks.
+        `Kronecker` blocks. A factor is diagonal too where each example reads one entry of an embedding.
 
     Raises:
         ArgumentError: ``forward-only``, which has no gradients.
@@ -276,18 +279,18 @@ def tkfac(
         options,
         generator,
         plan,
-        lambda now: (MomentCollector(now, TraceMoments(options)), ElementwiseCollector(now)),
+        lambda now: (MomentCollector(now, TraceMoments(wide)), ElementwiseCollector(now)),
     )
 
     def make(block: Block, sums: Any) -> Operator:
         if not block.kronecker:
             return elementwise_block(block, sums, statistics, options)
         groups = len(block.layout.shape) - 2
-        sides = [as_side(tensor / statistics.divisor(options), groups) for tensor in sums.tensors]
-        trace = sides[0].traces()
-        share = torch.where(trace > 0, 1 / trace, torch.ones_like(trace))
-        share = share.reshape(*share.shape, *(1,) * (sums.tensors[1].ndim - groups))
-        return Kronecker(sides[0], tree_map(lambda tensor: tensor * share, sides[1]))
+        left, right = (moment / statistics.divisor(options) for moment in sums.tensors)
+        trace = as_side(left, groups).traces()
+        trace = torch.where(trace > 0, trace, torch.ones_like(trace))
+        right = right / (spread(trace, right) if isinstance(right, torch.Tensor) else trace)
+        return Kronecker(as_side(left, groups), as_side(right, groups))
 
     return assemble(statistics, Domain.of(params), make)
 

@@ -10,10 +10,11 @@ from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass, Statistics
-from curvlib.layers.base import Layer
+from curvlib.layers.base import Layer, second_moment
 from curvlib.layers.elementwise import Elementwise
-from curvlib.linalg.gram import full_precision, gram
-from curvlib.operators import Dense, Diagonal
+from curvlib.layers.wide import Moment, as_side
+from curvlib.linalg.gram import full_precision
+from curvlib.operators import Matrix
 
 
 class ElementwiseCollector(Collector):
@@ -22,7 +23,7 @@ class ElementwiseCollector(Collector):
     def __init__(self, now: Pass) -> None:
         self.now = now
         self.gradients: dict[Placement, list[dict[int, Tensor]]] = {}
-        self.moments: dict[str, Tensor] = {}
+        self.moments: dict[str, Any] = {}
         self.block_of = {placement: block for block in now.plan.blocks for placement in block.placements}
 
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
@@ -47,11 +48,14 @@ class ElementwiseCollector(Collector):
         front, shapes = like.shape[:2], self.now.plan.domain.shapes
         leaves = {piece.leaf: like.new_zeros(*front, *shapes[piece.leaf]) for piece in block.layout.pieces}
         rows = block.layout.gather({**leaves, **gradients}).flatten(0, 1)
-        moment = gram(rows) if is_dense(block, self.now.options) else rows.square().sum(0)
+        if self.now.options.elementwise == "dense":
+            moment = second_moment(rows, None, self.now.options.wide, augmented=False)
+        else:
+            moment = rows.square().sum(0)
         previous = self.moments.get(block.name)
         self.moments[block.name] = moment if previous is None else previous + moment
 
-    def sums(self, block: Block, run: Pullback) -> Tensor:
+    def sums(self, block: Block, run: Pullback) -> Any:
         if self.now.options.fisher == "forward-only":
             return self.forward_only(block, run)
         stacks = [self.gradients[p] for p in block.placements if p in self.gradients]
@@ -63,8 +67,9 @@ class ElementwiseCollector(Collector):
             self.add(block, leaves)
         if block.name in self.moments:
             return self.moments[block.name]
-        sides = 2 if is_dense(block, self.now.options) else 1
-        return full_precision(run.outputs).new_zeros((block.layout.numel,) * sides)
+        like, width = full_precision(run.outputs), block.layout.numel
+        dense = self.now.options.elementwise == "dense"
+        return self.now.options.wide.zero((), width, like) if dense else like.new_zeros(width)
 
     def forward_only(self, block: Block, run: Pullback) -> Tensor:
         """The sums with G = I: over examples, of means over positions."""
@@ -79,14 +84,7 @@ class ElementwiseCollector(Collector):
         return block.layout.gather(leaves)
 
 
-def is_dense(block: Block, options: Options) -> bool:
-    """Whether an elementwise block keeps its whole second moment."""
-    return options.elementwise == "dense" and block.layout.numel <= options.wide.above
-
-
-def elementwise_block(block: Block, sums: Tensor, statistics: Statistics, options: Options) -> Dense | Diagonal:
+def elementwise_block(block: Block, sums: Tensor | Moment, statistics: Statistics, options: Options) -> Matrix:
     """One block of the curvature of the reduced objective."""
-    scale = 1 / statistics.divisor(options)
-    if options.fisher == "forward-only":
-        scale = scale / statistics.examples
-    return Dense(sums * scale) if is_dense(block, options) else Diagonal(sums * scale)
+    count = statistics.divisor(options)
+    return as_side(sums / (count * statistics.examples if options.fisher == "forward-only" else count), 0)

@@ -16,26 +16,31 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, naming
-from curvlib.layers.wide import Wide, announce
+from curvlib.layers.wide import Wide, WideDiagonal, announce, as_side
 from curvlib.linalg.gram import full_precision
+from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
 from curvlib.linalg.middle_gram import middle_gram
 from curvlib.operators import (
     BlockDiagonal,
     Dense,
+    DenseBlocks,
     Diagonal,
     Kronecker,
     KroneckerSide,
     Layout,
+    LowRank,
     Matrix,
     Operator,
     Region,
+    ScaledIdentity,
     ScaledPower,
 )
+from curvlib.operators.block_side import cut_columns
 from curvlib.pytree import Domain, Tree
 
 Number = float | Tensor
 Modes = tuple[Matrix, ...]  # the factor of every axis
-Start = Callable[[Tensor, tuple[bool, ...]], Kronecker]  # D [*, n_1, ..., n_d], and which factors are diagonal
+Start = Callable[[Tensor, int, Wide], Kronecker]  # D [*, n_1, ..., n_d], d, and what is kept of wide sides
 Advance = Callable[[Kronecker, Tensor, Number, Number], Kronecker]  # F, D, a, w -> a F + w g g^T
 
 
@@ -134,6 +139,39 @@ def mode_gram(gradient: Tensor, axis: int, order: int, *, diagonal: bool) -> Ten
     return matrix.square().sum(-1) if diagonal else middle_gram(matrix)
 
 
+def factor_of(rows: Tensor, groups: int, wide: Wide) -> Matrix:
+    """The sum of r r^T over rows [*groups, n, d], or what is kept of it."""
+    return Dense(middle_gram(rows.mT)) if rows.shape[-1] <= wide.above else as_side(wide.moment(rows), groups)
+
+
+def advanced(factor: Matrix, old: Tensor, rows: Tensor, new: Number) -> Matrix:
+    """Old [*] times a factor, plus ``new`` times the sum of r r^T over rows [*, n, d], in the form of the factor.
+
+    Raises:
+        ArgumentError: the factor is in another form than those of `factor_of`.
+    """
+    match factor:
+        case Dense(matrix=matrix):
+            return Dense(spread(old, matrix) * matrix + new * middle_gram(rows.mT))
+        case Diagonal(values=values):
+            return Diagonal(spread(old, values) * values + new * rows.square().sum(-2))
+        case DenseBlocks():
+            parts = cut_columns(rows, factor.runs)
+            return factor.map_stacks(lambda x, part: spread(old, x) * x + new * middle_gram(part.mT), parts)
+        case LowRank(vectors=vectors, values=values, remainder=remainder):
+            kept = LowRankFactor(vectors, spread(old, values) * values, old * remainder)
+            seen, rank = low_rank_gram(rows, vectors.shape[-1]), vectors.shape[-1]
+            return LowRank(*low_rank_sum([kept, seen], [1.0, new * rows.shape[-2]], rank))
+        case ScaledIdentity(scale=scale):
+            return ScaledIdentity(old * scale + new * rows.square().sum() / rows.shape[-1], factor.vector)
+        case ScaledPower(base=ScaledIdentity() as one, scale=scale):
+            return ScaledPower(one, old * scale + new * rows.square().sum((-2, -1)) / rows.shape[-1], 1.0)
+    raise ArgumentError(
+        f"a {type(factor).__name__} has no factors to update; update the curvature that init, update or the estimator "
+        "returned, and take powers and inverses of the result"
+    )
+
+
 # --- running means ----------------------------------------------------------------------------------------------
 
 
@@ -148,7 +186,7 @@ def begin(
         domain: of the parameters.
         start: makes a block of its gradient.
         elementwise: ``diagonal`` or ``dense``.
-        wide: the width beyond which a factor is diagonal.
+        wide: what is kept of factors that are too wide.
     """
     if elementwise not in ("diagonal", "dense"):
         raise ArgumentError(f"elementwise must be one of diagonal, dense, got {elementwise!r}")
@@ -158,19 +196,35 @@ def begin(
         with naming(place.name):
             if place.widths:
                 gradient = gradient.reshape(*gradient.shape[:-2], *place.widths)
-                blocks[place.name] = start(gradient, tuple(is_wide(width, wide) for width in place.widths))
-            elif elementwise == "dense" and place.layout.numel <= wide.above:
-                blocks[place.name] = Dense(torch.outer(gradient, gradient))
+                blocks[place.name] = start(gradient, len(place.widths), wide)
+            elif elementwise == "dense":
+                blocks[place.name] = factor_of(gradient.unsqueeze(0), 0, wide)
             else:
                 blocks[place.name] = Diagonal(gradient.square())
     return BlockDiagonal(blocks, tuple((place.name, place.layout) for place in places), domain)
 
 
-def is_wide(width: int, wide: Wide) -> bool:
-    """Whether a side has a diagonal factor; says so, once a width."""
-    if width > wide.above:
-        announce(width, wide.above)
-    return width > wide.above
+def wide_axes(gradient: Tensor, order: int, wide: Wide) -> tuple[bool, ...]:
+    """Which axes have diagonal factors; says so, once a width."""
+    widths = gradient.shape[-order:]
+    for width in widths:
+        if width > wide.above:
+            announce(width, wide.above)
+    return tuple(width > wide.above for width in widths)
+
+
+def check_diagonal(wide: Wide, estimator: str) -> None:
+    """Refuses choices that steps of an estimator cannot keep.
+
+    Raises:
+        ArgumentError: wide sides are to have factors that are not diagonal.
+    """
+    if not isinstance(wide, WideDiagonal):
+        raise ArgumentError(
+            f"{estimator} makes the factors of one side from those of the other in every step, and can only keep "
+            f"those of wide sides diagonal: wide must be a WideDiagonal, got {wide!r}; a WideDiagonal of a greater "
+            "width keeps them dense, and kfac, ekfac, tkfac and shampoo take every choice"
+        )
 
 
 def weights(decay: Number | None) -> tuple[Number, Number]:
@@ -200,10 +254,9 @@ def step(curv: BlockDiagonal, grads: Tree, decay: Number | None, advance: Advanc
         gradient = full_precision(gradients[name])
         with naming(name):
             match block:
-                case Diagonal(values=values):
-                    blocks[name] = Diagonal(old * values + new * gradient.square())
-                case Dense(matrix=matrix):
-                    blocks[name] = Dense(old * matrix + new * torch.outer(gradient, gradient))
+                case Matrix():
+                    one = torch.ones((), dtype=gradient.dtype, device=gradient.device)
+                    blocks[name] = advanced(block, old * one, gradient.unsqueeze(0), new)
                 case Kronecker():
                     widths = [mode.shape[-1] for mode in modes_of(block)]
                     gradient = gradient.reshape(*gradient.shape[:-2], *widths)

@@ -39,6 +39,7 @@ from curvlib.estimators.gradients import (
     Number,
     begin,
     block_of,
+    check_diagonal,
     entries,
     factor_like,
     folded,
@@ -50,6 +51,7 @@ from curvlib.estimators.gradients import (
     spread,
     step,
     unfolded,
+    wide_axes,
 )
 from curvlib.estimators.observations import Observations, observe, of_objective, wide_sides
 from curvlib.estimators.options import Options
@@ -111,7 +113,7 @@ class KLShampoo:
                 set is then gone through twice a sweep, and once before.
             sweeps: how often L and then R is solved for; used with ``per_example``.
             elementwise: scales, shifts and lone biases have the ``diagonal`` of E[g g^T], or the ``dense`` matrix.
-            wide: the width beyond which a side has a diagonal factor.
+            wide: the width beyond which a side has a diagonal factor; a `WideDiagonal`.
             engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else
                 autograd.
             plan: the model's `plan`, if already made for inputs of these shapes.
@@ -120,11 +122,13 @@ class KLShampoo:
             `Kronecker` blocks.
 
         Raises:
-            ArgumentError: ``sweeps`` is less than 1; or a data set that can be read only once, with ``per_example``.
+            ArgumentError: ``sweeps`` is less than 1; ``wide`` is no `WideDiagonal`; or a data set that can be read only
+                once, with ``per_example``.
             CaptureError: a parameter is used by a call that is not understood.
             TargetError: the targets do not fit the loss.
             NonFiniteError: a factor is not finite; names its block.
         """
+        check_diagonal(wide, "kl_shampoo")
         if not per_example:
             return of_objective(
                 model_fn,
@@ -164,14 +168,16 @@ class KLShampoo:
         Args:
             grads: pytree of floating-point tensors.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
-            wide: the width beyond which a factor is diagonal.
+            wide: the width beyond which a factor is diagonal; a `WideDiagonal`.
 
         Returns:
             An operator on pytrees like ``grads``, in float32 for half-precision gradients.
 
         Raises:
+            ArgumentError: ``wide`` is no `WideDiagonal`.
             PytreeError, DtypeError: not a pytree of floating-point tensors; names the leaf.
         """
+        check_diagonal(wide, "kl_shampoo")
         domain = Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
         return begin(leaves, places, domain, start, elementwise=elementwise, wide=wide)
@@ -210,9 +216,9 @@ def isotropic(mean: Tensor, widths: Sequence[int], diagonal: Sequence[bool]) -> 
     return factors
 
 
-def start(gradient: Tensor, diagonal: tuple[bool, ...]) -> Kronecker:
+def start(gradient: Tensor, order: int, wide: Wide) -> Kronecker:
     """mean(D o D) I."""
-    order = len(diagonal)
+    diagonal = wide_axes(gradient, order, wide)
     return block_with(isotropic(mean_square(gradient, order), gradient.shape[-order:], diagonal))
 
 

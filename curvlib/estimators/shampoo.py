@@ -29,24 +29,22 @@ from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_blo
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.gradients import (
     Number,
+    advanced,
     begin,
     block_of,
-    entries,
-    factor_like,
-    is_diagonal,
-    mode_gram,
+    factor_of,
     modes_of,
     parts_of,
     places_of_leaves,
-    spread,
     step,
+    unfolded,
 )
 from curvlib.estimators.observations import of_objective
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledPower
+from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Matrix, Operator, ScaledPower
 from curvlib.pytree import Domain, Tree, flatten
 
 
@@ -95,7 +93,7 @@ class Shampoo:
                 Fisher of the reduced objective: (1/N) sum_n g_n g_n^T for a mean, sum_n g_n g_n^T for a sum.
             squared: L (x) R / tr L in place of (L (x) R)^(1/2); for each example that is `tkfac`, ``empirical``.
             elementwise: scales, shifts and lone biases have the ``diagonal`` of E[g g^T], or the ``dense`` matrix.
-            wide: the width beyond which a side has a diagonal factor, that of E[D D^T].
+            wide: what is kept of the factors of sides that are too wide for a dense one, as for `kfac`.
             engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else
                 autograd.
             plan: the model's `plan`, if already made for inputs of these shapes.
@@ -130,14 +128,15 @@ class Shampoo:
             options,
             None,
             plan,
-            lambda now: (MomentCollector(now, TraceMoments(options)), ElementwiseCollector(now)),
+            lambda now: (MomentCollector(now, TraceMoments(wide)), ElementwiseCollector(now)),
         )
 
         def make(block: Block, sums: Any) -> Operator:
             if not block.kronecker:
                 return elementwise_block(block, sums, statistics, options)
             groups = len(block.layout.shape) - 2
-            return rule.of([as_side(moment / statistics.divisor(options), groups) for moment in sums.tensors])
+            sides = [as_side(moment / statistics.divisor(options), groups) for moment in sums.tensors]
+            return rule.of([whole(side, wide) for side in sides])
 
         return assemble(statistics, Domain.of(params), make)
 
@@ -155,12 +154,14 @@ class Shampoo:
             grads: pytree of floating-point tensors.
             squared: see `Shampoo.__call__`.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
-            wide: the width beyond which a factor is diagonal.
+            wide: what is kept of factors that are too wide to be dense, now and in updates (`WideDiagonal`,
+                `WideBlocks`, `WideLowRank`, `WideIdentity`).
 
         Returns:
             An operator on pytrees like ``grads``, in float32 for half-precision gradients.
 
         Raises:
+            ArgumentError: a tensor of order three or more would have a low-rank factor that is not the first; names it.
             PytreeError, DtypeError: not a pytree of floating-point tensors; names the leaf.
         """
         domain = Domain.of(grads)
@@ -197,11 +198,20 @@ class Rule:
 
     squared: bool
 
-    def start(self, gradient: Tensor, diagonal: tuple[bool, ...]) -> Kronecker:
-        """The block of one gradient D [*, n_1, ..., n_d]."""
-        order = len(diagonal)
-        grams = [mode_gram(gradient, i, order, diagonal=diagonal[i]) for i in range(order)]
-        return self.of([Diagonal(gram) if flag else Dense(gram) for gram, flag in zip(grams, diagonal, strict=True)])
+    def start(self, gradient: Tensor, order: int, wide: Wide) -> Kronecker:
+        """The block of one gradient D [*, n_1, ..., n_d].
+
+        Raises:
+            ArgumentError: a tensor of order three or more would have a low-rank factor that is not the first.
+        """
+        groups = gradient.ndim - order
+        factors = [factor_of(unfolded(gradient, axis, order).mT, groups, wide) for axis in range(order)]
+        if order > 2 and any(isinstance(factor, LowRank) for factor in factors[1:]):
+            raise ArgumentError(
+                f"a tensor of order {order} has an axis that is wider than {wide.above}, and only its first axis may "
+                "have a low-rank factor: reshape it to a matrix, or keep WideBlocks, WideDiagonal or WideIdentity"
+            )
+        return self.of(factors)
 
     def of(self, factors: Sequence[Matrix]) -> Kronecker:
         """The block with these second moments, all of one trace."""
@@ -225,10 +235,8 @@ class Rule:
                 "powers and inverses of the result"
             )
         factors: list[Matrix] = []
-        for i, (base, strength) in enumerate(zip(bases, self.strengths(bases, scales), strict=True)):
-            values = entries(base)
-            gram = mode_gram(gradient, i, order, diagonal=is_diagonal(base))
-            factors.append(factor_like(base, spread(old * strength, values) * values + new * gram))
+        for axis, (base, strength) in enumerate(zip(bases, self.strengths(bases, scales), strict=True)):
+            factors.append(advanced(base, old * strength, unfolded(gradient, axis, order).mT, new))
         return self.of(factors)
 
     def strengths(self, bases: Sequence[Matrix], scales: Sequence[Tensor]) -> list[Tensor]:
@@ -238,6 +246,12 @@ class Rule:
         traces = torch.stack(list(torch.broadcast_tensors(*(base.traces() for base in bases))))
         total = torch.stack([scale * trace for scale, trace in zip(scales, traces, strict=True)]).prod(0)
         return [torch.where(trace > 0, total / trace, torch.ones_like(trace)) for trace in traces]
+
+
+def whole(factor: Matrix, wide: Wide) -> Matrix:
+    """A factor in the form that updates need: dense, if it is not too wide and only happens to be diagonal."""
+    narrow = factor.shape[-1] <= wide.above
+    return Dense(factor.matrices()) if narrow and isinstance(factor, Diagonal) else factor
 
 
 shampoo = Shampoo()

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
-from curvlib.estimators.gradients import Number, block_of, entries, is_diagonal, mode_gram, modes_of, parts_of
+from curvlib.estimators.gradients import (
+    Number,
+    block_of,
+    entries,
+    is_diagonal,
+    mode_gram,
+    modes_of,
+    parts_of,
+    wide_axes,
+)
+from curvlib.layers.wide import Wide
 from curvlib.linalg.middle_gram import middle_gram
 from curvlib.linalg.precision import highest_matmul
 from curvlib.linalg.projector_splitting import Rearranged, bug, ksl, unit
@@ -43,9 +53,9 @@ class Rule:
         if self.sweeps < 1 or (self.integrator == "bug" and self.sweeps > 1):
             raise ArgumentError(f"sweeps must be at least 1, and 1 for integrator='bug', got {self.sweeps}")
 
-    def start(self, gradient: Tensor, diagonal: Flags) -> Kronecker:
+    def start(self, gradient: Tensor, order: int, wide: Wide) -> Kronecker:
         """The block of one gradient D [*, n_1, ..., n_d]."""
-        order = len(diagonal)
+        diagonal = wide_axes(gradient, order, wide)
         if self.beginning == "svd" and order == 2 and not any(diagonal):
             scale, left, right = leading_pair(gradient)
             return block_with(scale, (left, right), diagonal)

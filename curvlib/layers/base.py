@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.layers.rows import Rows, groups_first
+from curvlib.layers.rows import Rows, groups_first, mean_row
 from curvlib.layers.wide import Moment, Wide
 from curvlib.linalg.gram import augmented_gram, full_precision, gram
 from curvlib.operators.layout import Layout, Region
@@ -182,14 +182,8 @@ def input_moment(
     examples, positions = rows.shape[0], rows.shape[-2]
     counted = positions_that_count(mask, examples, positions)
     if sharing == "reduce":
-        if counted is None:
-            rows = rows.mean(-2, keepdim=True)
-        else:
-            share = counted.to(rows.dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(rows.dtype)
-            share = share if rows.ndim == 3 else share.unsqueeze(1)
-            rows = (rows * share.unsqueeze(-1)).sum(-2, keepdim=True)
-            counted = counted.any(1, keepdim=True)
-        positions = 1
+        rows, positions = mean_row(rows, counted), 1
+        counted = None if counted is None else counted.any(1, keepdim=True)
     weights = None
     count = torch.full((), examples * positions, device=rows.device)
     if counted is not None:

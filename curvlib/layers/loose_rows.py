@@ -38,7 +38,7 @@ class LooseRows(Rows):
     def in_basis(self, basis: Basis, like: Tensor) -> LooseRows:
         return LooseRows(self.rows.in_basis(basis, like))
 
-    def mean(self, like: Tensor) -> DenseRows:
+    def mean(self, like: Tensor, counted: Tensor | None) -> DenseRows:
         refuse()
 
     def gradients(self, g: Tensor) -> Tensor:

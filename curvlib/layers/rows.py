@@ -38,8 +38,8 @@ class Rows(ABC):
         """The coordinates a Q, in the dtype of ``like``."""
 
     @abstractmethod
-    def mean(self, like: Tensor) -> DenseRows:
-        """The mean row of each example: T = 1."""
+    def mean(self, like: Tensor, counted: Tensor | None) -> DenseRows:
+        """The mean row of each example over the positions that count, see `mean_row`: T = 1."""
 
     @abstractmethod
     def gradients(self, g: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Rows(ABC):
 
     @abstractmethod
     def right_moment(self, g: Tensor) -> Tensor:
-        """sum_kn D_kn^T D_kn: [(groups,) d, d], or its diagonal [d] for one-hot rows."""
+        """sum_kn D_kn^T D_kn: [(groups,) d, d], or its diagonal [d] where one-hot rows make it diagonal."""
 
 
 @register
@@ -84,8 +84,8 @@ class DenseRows(Rows):
     def in_basis(self, basis: Basis, like: Tensor) -> DenseRows:
         return DenseRows(basis.analyse_right(self.values))
 
-    def mean(self, like: Tensor) -> DenseRows:
-        return DenseRows(self.values.mean(-2, keepdim=True))
+    def mean(self, like: Tensor, counted: Tensor | None) -> DenseRows:
+        return DenseRows(mean_row(self.values, counted))
 
     def gradients(self, g: Tensor) -> Tensor:
         return g.mT @ self.values
@@ -129,8 +129,8 @@ class OneHotRows(Rows):
         """The one-hot vectors themselves [N, T, width]."""
         return torch.nn.functional.one_hot(self.index, self.width).to(like.dtype)
 
-    def mean(self, like: Tensor) -> DenseRows:
-        return DenseRows(self.vectors(like).mean(-2, keepdim=True))
+    def mean(self, like: Tensor, counted: Tensor | None) -> DenseRows:
+        return DenseRows(mean_row(self.vectors(like), counted))
 
     def gradients(self, g: Tensor) -> Tensor:
         result = g.new_zeros(*g.shape[:2], g.shape[-1], self.width)
@@ -158,12 +158,28 @@ class OneHotRows(Rows):
         return across_rows(g, self.totals(g)[0], 2)
 
     def right_moment(self, g: Tensor) -> Tensor:
-        return self.squares(g).sum(0)
+        if self.index.shape[1] == 1:  # no example has two tokens
+            return self.squares(g).sum(0)
+        pairs = self.index.unsqueeze(2) * self.width + self.index.unsqueeze(1)  # [N, T, T]
+        products = (g @ g.mT).sum(0).flatten()
+        return g.new_zeros(self.width**2).index_add(0, pairs.flatten(), products).unflatten(0, (self.width, -1))
 
 
 def sum_of_squares(matrices: Tensor) -> Tensor:
     """Entrywise, over the first two axes."""
     return matrices.square().sum((0, 1))
+
+
+def mean_row(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean over an example's positions of rows [N, (groups,) T, d], the axis kept, or over those of [N, T] only.
+
+    Where no position of an example counts it is zero.
+    """
+    if counted is None:
+        return rows.mean(-2, keepdim=True)
+    share = counted.to(rows.dtype) / counted.sum(1, keepdim=True).clamp(min=1).to(rows.dtype)
+    share = share if rows.ndim == 3 else share.unsqueeze(1)
+    return (rows * share.unsqueeze(-1)).sum(-2, keepdim=True)
 
 
 def groups_first(rows: Tensor, leading: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlib.errors import ArgumentError
 from curvlib.linalg.gram import gram
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
-from curvlib.operators import Dense, DenseBlocks, Diagonal, LowRank, Matrix, ScaledIdentity
+from curvlib.operators import Dense, DenseBlocks, Diagonal, LowRank, Matrix, ScaledIdentity, ScaledPower
 from curvlib.operators.block_side import block_runs, cut_columns
 from curvlib.pytree import register, static
 
@@ -32,7 +32,7 @@ class Moment(ABC):
 
     @abstractmethod
     def __truediv__(self, count: Tensor) -> Self:
-        """The moment, divided by a number."""
+        """The moment, divided by a number, or by one a group."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
@@ -56,7 +56,7 @@ class LowRankMoment(Moment):
         return LowRankMoment(*low_rank_sum(factors, [1.0, 1.0], self.vectors.shape[-1]))
 
     def __truediv__(self, count: Tensor) -> LowRankMoment:
-        return LowRankMoment(self.vectors, self.values / count, self.remainder / count)
+        return LowRankMoment(self.vectors, self.values / count.unsqueeze(-1), self.remainder / count)
 
     def to(self, dtype: torch.dtype) -> LowRankMoment:
         return LowRankMoment(*(x.to(dtype) for x in (self.vectors, self.values, self.remainder)))
@@ -75,7 +75,7 @@ class BlockMoment(Moment):
         return BlockMoment(tuple(a + b for a, b in zip(self.stacks, other.stacks, strict=True)))
 
     def __truediv__(self, count: Tensor) -> BlockMoment:
-        return BlockMoment(tuple(stack / count for stack in self.stacks))
+        return BlockMoment(tuple(stack / count[..., None, None, None] for stack in self.stacks))
 
     def to(self, dtype: torch.dtype) -> BlockMoment:
         return BlockMoment(tuple(stack.to(dtype) for stack in self.stacks))
@@ -100,15 +100,18 @@ class IsotropicMoment(Moment):
     def to(self, dtype: torch.dtype) -> IsotropicMoment:
         return IsotropicMoment(self.trace.to(dtype), self.width)
 
-    def side(self) -> ScaledIdentity:
-        return ScaledIdentity(self.trace / self.width, (*self.trace.shape, self.width))
+    def side(self) -> Matrix:
+        mean = self.trace / self.width
+        if not mean.ndim:
+            return ScaledIdentity(mean, (self.width,))
+        return ScaledPower(ScaledIdentity(mean.new_ones(()), (*mean.shape, self.width)), mean, 1.0)
 
 
 @functools.cache
 def announce(width: int, above: int) -> None:
     """Says once for each width that a factor loses its off-diagonal entries."""
     logging.getLogger("curvlib").warning(
-        "a side of width %d is wider than %d: only the diagonal of its factor is kept; `wide` offers other choices",
+        "a side of width %d is wider than %d: only the diagonal of its factor is kept; see `wide`",
         width,
         above,
     )
