@@ -72,6 +72,31 @@ def test_what_the_decomposition_lacks_is_refused() -> None:
             multi_head_attention(**arguments(**change))
 
 
+class SelfAttention(nn.Module):
+    """Attention whose examples come first."""
+
+    def __init__(self, *, bias: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(E, HEADS, bias=bias, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        y = self.attention(x, x, x)[0]
+        return y if self.attention.batch_first else y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_projections_of_self_attention_are_one_block(bias: bool, batch_first: bool, training: bool) -> None:
+    net = SelfAttention(bias=bias, batch_first=batch_first).train(training)
+    case = problem(net, normal(0, N, L, E), "mse", "mean")
+    curv = case.kfac()
+    name = "attention.in_proj_weight"
+    assert [block for block in curv.blocks if block.startswith("attention.in_proj")] == [name]
+    assert curv.blocks[name].shape == (3 * E, E + bias)
+
+
 class Encoder(nn.Module):
     """A class token in front of a transformer encoder with learned positions."""
 

@@ -80,6 +80,45 @@ def test_a_model_with_control_flow_that_depends_on_values_works() -> None:
     assert not cv.plan(case.model_fn, case.params, X).static
 
 
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("condition", ["any", "torch.any", "sum", "count"])
+def test_a_branch_on_a_mask_is_the_one_that_is_taken(condition: str, taken: bool, engine: str) -> None:
+    exists: dict[str, Callable[[Tensor], object]] = {
+        "any": lambda mask: mask.any(),
+        "torch.any": torch.any,
+        "sum": lambda mask: mask.sum() > 0,
+        "count": lambda mask: torch.count_nonzero(mask) > 0,
+    }
+
+    def branch(p: Params, x: Tensor, there: object) -> Tensor:
+        h = torch.tanh(x @ p["0.weight"])
+        h = torch.tanh(h @ p["1.weight"]) if there else torch.sin(h @ p["1.weight"].T)
+        return h @ p["2.weight"]
+
+    def model_fn(p: Params, x: Tensor) -> Tensor:
+        return branch(p, x, exists[condition](x[:, 0] > 5))
+
+    x = torch.cat([X[:, :1] + (10 if taken else 0), X[:, 1:]], 1)
+    params = leaves(**{"0.weight": (3, 4), "1.weight": (4, 4), "2.weight": (4, 2)})
+    batch = x, torch.arange(5) % 2
+    curv, expected = (
+        cv.kfac(f, params, batch, fisher="type-2", engine=engine) for f in (model_fn, lambda p, x: branch(p, x, taken))
+    )
+    assert curv.layouts == expected.layouts
+    torch.testing.assert_close(curv.to_dense(), expected.to_dense(), rtol=1e-12, atol=1e-14)
+    assert not cv.plan(model_fn, params, x).static
+
+
+def test_a_parameter_of_a_branch_that_is_not_taken_is_unused() -> None:
+    def model_fn(p: Params, x: Tensor) -> Tensor:
+        return (x @ p["1.weight"] if (x[:, 0] > 5).any() else x) @ p["2.weight"]
+
+    params = leaves(**{"1.weight": (3, 3), "2.weight": (3, 2)})
+    with pytest.raises(cv.errors.UnusedParameterError, match=r"'1\.weight'"):
+        cv.kfac(model_fn, params, (X, torch.arange(5) % 2))
+
+
 def test_the_examples_axis_is_found_where_other_axes_are_as_long() -> None:
     x = normal(1, 3, 3, 3)
     plan = cv.plan(lambda p, x: (x.transpose(0, 1) @ p["w"]).transpose(0, 1), leaves(w=(3, 3)), x)
@@ -110,6 +149,22 @@ def test_slices_of_a_rearranged_copy_are_recognized() -> None:
 
     case = problem(model_fn, X, "mse", "mean", params={"0.weight": torch.zeros(4, 3)})
     assert_exact(case.kfac(), case.ggn())
+
+
+RESHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": lambda w: w.t().contiguous().view(4, 3).clone(),
+    "contiguous slice": lambda w: w.t().contiguous().view(4, 3)[:, :2].contiguous(),
+    "cast": lambda w: w.t().contiguous().view(4, 3).to(torch.float32).double(),
+    "clone of a view": lambda w: w.t().contiguous().view(2, 6).clone().view(4, 3),
+    "flat": lambda w: w.t().contiguous().view(-1).clone().view(4, 3),
+}
+
+
+@pytest.mark.parametrize("copy", RESHAPED)
+def test_a_copy_of_a_reshaped_copy_is_refused(copy: str) -> None:
+    take = RESHAPED[copy]
+    with pytest.raises(cv.errors.CaptureError, match=r"'0\.weight'"):
+        cv.kfac(lambda p, x: x @ take(p["0.weight"]).t()[:, :2], {"0.weight": normal(1, 4, 3)}, (X, normal(2, 5, 2)))
 
 
 @pytest.mark.parametrize("view", VIEWS)

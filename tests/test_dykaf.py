@@ -205,6 +205,39 @@ def test_wide_sides_have_the_nearest_diagonal_factor() -> None:
         dykaf.init({"w": normal(0, 2, 6, 2)}, wide=cv.WideDiagonal(above=5))
 
 
+@pytest.mark.parametrize("integrator", ["ksl", "bug"])
+@pytest.mark.parametrize("decay", [0.5, None])
+def test_two_wide_sides_have_the_nearest_diagonal_factors(decay: float | None, integrator: str) -> None:
+    old = run(dykaf, [{"w": normal(t, 4, 6)} for t in range(2)], 0.5, wide=cv.WideDiagonal(above=3))
+    d = {"w": normal(9, 4, 6)}
+    curv = dykaf.update(old, d, decay, integrator=integrator)
+    block = curv.blocks["w"]
+    assert isinstance(block, Kronecker)
+    assert [type(side) for side in (block.left.base, block.right)] == [Diagonal, Diagonal]
+    keep, weight = (1.0, 1.0) if decay is None else (decay, 1 - decay)
+    target = (
+        keep * old.to_dense().diagonal().reshape(4, 6) + weight * d["w"].square()
+    )  # all that such a product can have
+    if integrator == "ksl":
+        left = target @ old.blocks["w"].right.diagonals()
+        left = left / left.norm()
+        assert relative_error(curv.to_dense(), torch.diag(torch.outer(left, left @ target).flatten())) <= 1e-11
+    left, right = block.left.diagonals(), block.right.diagonals()
+    found = torch.outer(left, right)
+    best = torch.linalg.svd(target)[1]
+    assert best[1:].norm() - 1e-12 <= (found - target).norm() <= 1.2 * best[1:].norm()
+
+
+@pytest.mark.parametrize("start", ["svd", "random", "identity"])
+def test_many_sweeps_on_two_wide_sides_give_the_best_product_of_diagonals(start: str) -> None:
+    first, second = ({"w": normal(t, 4, 6)} for t in range(2))
+    curv = dykaf.init(first, start=start, wide=cv.WideDiagonal(above=3))
+    target = 0.7 * curv.to_dense().diagonal().reshape(4, 6) + 0.3 * second["w"].square()
+    u, s, vh = torch.linalg.svd(target)
+    curv = dykaf.update(curv, second, 0.7, sweeps=200)
+    assert relative_error(curv.diag()["w"], s[0] * torch.outer(u[:, 0], vh[0])) <= 1e-10
+
+
 def test_a_zero_curvature_starts_from_the_identity() -> None:
     zero, d = {"w": torch.zeros(3, 4, dtype=torch.float64)}, {"w": normal(0, 3, 4)}
     for curv in (dykaf.init(zero), dykaf.update(dykaf.init(zero, start="random"), zero, 0.5)):

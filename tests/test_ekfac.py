@@ -105,6 +105,24 @@ def test_ekfac_and_tkfac_are_exact_for_one_example_and_empirical_gradients(
 
 
 @both_reductions
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("widths", [(260, 3), (3, 260), (257, 256)])
+def test_one_pass_that_reduces_is_two_on_sides_with_few_rows(
+    widths: tuple[int, int], fisher: str, reduction: str
+) -> None:
+    net = nn.Sequential(nn.Linear(*widths, bias=False))
+    case = problem(net, normal(1, 3, 4, widths[0]), "cross-entropy", reduction)
+    options: dict[str, Any] = {"loss": case.kind.loss(reduction), "fisher": fisher}
+    curv = estimate(cv.ekfac, case, sharing="reduce", generator=generator(1), fisher=fisher)
+    factors = estimate(cv.kfac, case, sharing="reduce", generator=generator(1), fisher=fisher)
+    expected = cv.eigenvalue_correct(factors, case.model_fn, case.params, case.batch, generator=generator(1), **options)
+    left, right = factors.blocks["0.weight"].left.matrix, factors.blocks["0.weight"].right.matrix
+    for seed in range(3):  # in the span of the factors, outside of which their eigenvectors are anyone's
+        v = {"0.weight": left @ normal(seed, *widths[::-1]) @ right}
+        assert reference.relative_error((curv @ v)["0.weight"], (expected @ v)["0.weight"]) <= 1e-8
+
+
+@both_reductions
 @pytest.mark.parametrize("architecture", ["tanh", "residual", "embedding"])
 def test_ekfac_is_exact_for_one_example(architecture: str, reduction: str) -> None:
     case = problem(*unshared_architectures()[architecture], "cross-entropy", reduction, seed=6)

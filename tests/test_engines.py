@@ -41,6 +41,34 @@ def test_engines_agree(model: str, fisher: str, sharing: str) -> None:
     assert_equal(one, other)
 
 
+@every_fisher
+@pytest.mark.parametrize("examples", [1, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (1, 1, 3), (1, 3, 3)])
+def test_engines_agree_where_a_layers_input_is_constant(
+    shape: tuple[int, ...], bias: bool, examples: int, fisher: str
+) -> None:
+    constant = torch.randn(shape, generator=generator(1), dtype=torch.float64)
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        z = torch.tanh(torch.nn.functional.linear(constant, p["w"], p.get("b")))
+        z = z.sum(1) if z.ndim == 3 else z
+        return torch.tanh(x @ p["v"]) * z
+
+    shapes = {"w": (2, 3), "v": (4, 2)} | ({"b": (2,)} if bias else {})
+    case = of_function(model_fn, shapes, 4)
+    batch = case.inputs[:examples], torch.arange(examples) % 2
+    one, other = (
+        cv.kfac(model_fn, case.params, batch, fisher=fisher, engine=engine) for engine in ("functional", "autograd")
+    )
+    assert_equal(one, other)
+    if fisher == "type-2" and shape != (1, 3, 3):  # of one position that is the same for all examples KFAC is exact
+        exact = cv.ggn(model_fn, case.params, batch).to_dense()
+        names = [name for name, leaf in sorted(case.params.items()) for _ in range(leaf.numel())]
+        index = torch.tensor([name != "v" for name in names]).nonzero().squeeze(1)
+        torch.testing.assert_close(one.to_dense()[index][:, index], exact[index][:, index], rtol=1e-10, atol=1e-13)
+
+
 @every_model
 def test_engines_agree_on_dense_elementwise_blocks_and_merged_uses(model: str) -> None:
     case = ZOO[model]()

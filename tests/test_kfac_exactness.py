@@ -6,6 +6,7 @@ KFAC is exact whenever either the inputs of a layer or its backpropagated vector
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
@@ -264,6 +265,39 @@ def test_without_a_generator_the_draws_are_those_of_seed_0() -> None:
     assert torch.equal(case.kfac(fisher="mc", mc_samples=2).to_dense(), expected)
     other = case.kfac(fisher="mc", mc_samples=2, generator=generator(1)).to_dense()
     assert reference.relative_error(other, expected) > 1e-3
+
+
+FIRST_LEAVES: dict[str, Any] = {
+    "number": 2.0,
+    "integer": 2,
+    "flag": True,
+    "scalar": torch.tensor(2.0, dtype=torch.float64),
+    "integer scalar": torch.tensor(2),
+    "nothing": None,
+    "text": "twice",
+}
+
+
+@both_reductions
+@pytest.mark.parametrize("how", [cv.kfac, cv.ekfac, cv.tkfac, cv.diagonal, cv.shampoo, cv.kl_shampoo, cv.dykaf])
+@pytest.mark.parametrize("first", FIRST_LEAVES)
+def test_a_loader_may_give_inputs_whose_first_leaf_has_no_examples(first: str, how: Any, reduction: str) -> None:
+    case = problem(nn.Sequential(*MLP), normal(4, 5, 3), "cross-entropy", reduction)
+    value = FIRST_LEAVES[first]
+    factor = value if isinstance(value, (int, float, Tensor)) else 1.0
+    x, y = case.batch
+
+    def with_factor(p: Any, inputs: Any) -> Tensor:
+        given, x = inputs
+        return case.model_fn(p, x * (given if isinstance(given, (int, float, Tensor)) else 1.0))
+
+    loader = list(zip(x.split([3, 2]), y.split([3, 2]), strict=True))
+    options = {"loss": case.kind.loss(reduction)}
+    if how in (cv.kfac, cv.ekfac, cv.tkfac, cv.diagonal):
+        options["fisher"] = "empirical"
+    curv = how(with_factor, case.params, cv.over([((value, a), b) for a, b in loader]), **options)
+    expected = how(case.model_fn, case.params, cv.over([(a * factor, b) for a, b in loader]), **options)
+    torch.testing.assert_close(curv.to_dense(), expected.to_dense(), rtol=1e-12, atol=1e-15)
 
 
 # --- not exact --------------------------------------------------------------------------------------------------

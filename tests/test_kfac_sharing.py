@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from exactness_problems import (
     CONSTANT_HESSIAN,
     KINDS,
+    Problem,
     assert_exact,
     deep_linear,
     engines,
@@ -125,6 +126,92 @@ def test_expand_counts_the_positions_that_the_loss_counts(kind: str, reduction: 
     case = problem(net, normal(2, 4, 3, 3), kind, reduction)
     case.params["0.weight"] = torch.zeros_like(case.params["0.weight"])  # equal backpropagated vectors everywhere
     assert_exact(case.kfac(sharing="expand"), case.blocks(case.ggn()))
+
+
+def masked_problem(kind: str, reduction: str) -> tuple[Problem, Tensor]:
+    """A layer at five positions, of which the targets of some are ignored, and a mask [N, T] of those that count."""
+    if kind == "linear":
+        net, inputs = nn.Sequential(nn.Linear(3, 4)), normal(1, 6, 5, 3)
+    elif kind == "embedding":
+        net, inputs = nn.Sequential(nn.Embedding(7, 4)), torch.randint(7, (6, 5), generator=generator(1))
+    elif kind == "convolution":
+        net, inputs = nn.Sequential(nn.Conv1d(2, 4, 2), Swap()), normal(1, 6, 2, 6)
+    else:
+        net, inputs = nn.Sequential(nn.Conv1d(4, 4, 2, groups=2, bias=kind == "groups"), Swap()), normal(1, 6, 4, 6)
+    case = problem(net, inputs, "ignored", reduction)
+    targets = case.batch[1]
+    targets[0], targets[1], targets[2, 1:] = -100, 1, -100  # none, all and one of an example's
+    return case, targets != -100
+
+
+class Swap(nn.Module):
+    """Channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def inputs_and_gradients(case: Problem, kind: str) -> tuple[Tensor, Tensor]:
+    """A [N, G, T, d_in (+ 1)] and the gradients of single examples' terms by the outputs, [N, G, T, d_out]."""
+    x, targets = case.batch
+    outputs = case.model_fn(case.params, x)
+    g = torch.func.grad(lambda z: case.kind.objective(z, targets, "sum"))(outputs)
+    if kind == "linear":
+        a = F.pad(x, (0, 1), value=1.0).unsqueeze(1)
+    elif kind == "embedding":
+        a = F.one_hot(x, 7).double().unsqueeze(1)
+    else:
+        groups = 1 if kind == "convolution" else 2
+        a = x.unfold(2, 2, 1).unflatten(1, (groups, 2)).permute(0, 1, 3, 2, 4).flatten(-2)
+        a = a if kind == "groups without bias" else F.pad(a, (0, 1), value=1.0)
+        return a, g.unflatten(2, (groups, -1)).movedim(2, 1)
+    return a, g.unsqueeze(1)
+
+
+MASKED = ("linear", "embedding", "convolution", "groups", "groups without bias")
+
+
+@both_reductions
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+@pytest.mark.parametrize("kind", MASKED)
+def test_reduce_takes_means_over_the_positions_that_count(kind: str, engine: str, reduction: str) -> None:
+    case, counts = masked_problem(kind, reduction)
+    a, g = inputs_and_gradients(case, kind)
+    means = [rows[:, seen].mean(1) for rows, seen in zip(a, counts, strict=True) if seen.any()]  # one example at a time
+    inputs = torch.stack([torch.einsum("gi,gj->gij", mean, mean) for mean in means]).mean(0)
+    total = g.sum(2)
+    outputs = torch.einsum("ngi,ngj->gij", total, total) / (counts.sum() if reduction == "mean" else 1)
+    for batch in (case.batch, cv.over(list(zip(*(x.split([1, 3, 2]) for x in case.batch), strict=True)))):
+        if isinstance(batch, tuple) or reduction == "sum":
+            curv = cv.kfac(
+                case.model_fn,
+                case.params,
+                batch,
+                loss=case.kind.loss(reduction),
+                fisher="empirical",
+                sharing="reduce",
+                engine=engine,
+            )
+            block = curv.blocks["0.weight"]
+            torch.testing.assert_close(block.right.matrices().reshape(inputs.shape), inputs, rtol=1e-11, atol=1e-14)
+            torch.testing.assert_close(block.left.matrices().reshape(outputs.shape), outputs, rtol=1e-11, atol=1e-14)
+
+
+@both_reductions
+@pytest.mark.parametrize("kind", MASKED)
+def test_tkfac_reduces_over_the_positions_that_count(kind: str, reduction: str) -> None:
+    case, counts = masked_problem(kind, reduction)
+    a, g = inputs_and_gradients(case, kind)
+    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    d = torch.einsum("ngo,ngi->ngoi", g.sum(2), torch.einsum("ngti,nt->ngi", a, share))
+    count = counts.sum() if reduction == "mean" else 1
+    left, right = torch.einsum("ngoi,ngpi->gop", d, d) / count, torch.einsum("ngoi,ngoj->gij", d, d) / count
+    loss = case.kind.loss(reduction)
+    curv = cv.tkfac(case.model_fn, case.params, case.batch, loss=loss, fisher="empirical", sharing="reduce")
+    block = curv.blocks["0.weight"]
+    right = right / left.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
+    torch.testing.assert_close(block.left.matrices().reshape(left.shape), left, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(block.right.matrices().reshape(right.shape), right, rtol=1e-11, atol=1e-14)
 
 
 @both_reductions

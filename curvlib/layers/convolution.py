@@ -86,11 +86,11 @@ class Convolution(KroneckerLayer):
     ) -> tuple[Tensor | Moment, Tensor]:
         augmented = self.bias is not None
         images = None if mask is None else mask.reshape(examples, -1).any(1)
-        if sharing == "reduce":
-            return input_moment(self.input_means(x, examples), sharing, images, wide, augmented=augmented)
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
         positions = math.prod(self.lengths(sizes)) * x.shape[0] // examples
         pixelwise = mask is not None and mask.numel() == examples * positions
+        if sharing == "reduce" and not pixelwise:
+            return input_moment(self.input_means(x, examples), sharing, images, wide, augmented=augmented)
         symmetric = all(before == after for before, after in self.padding)
         if pixelwise or self.groups > 1 or not symmetric or self.weight.shape[-1] + augmented > wide.above:
             return input_moment(self.input_rows(x, examples), sharing, mask, wide, augmented=augmented)
