@@ -141,6 +141,44 @@ def test_the_trace_of_every_block_is_exact(model: str, fisher: str, reduction: s
             torch.testing.assert_close(block.trace(), block_of(exact, curv, name).trace(), rtol=1e-10, atol=1e-14)
 
 
+def cut_off(first: bool, square: bool) -> Problem:
+    """A weight that is used as it is and transposed, where no gradient reaches the first or the second use."""
+
+    def model_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        one, other = x @ p["w"].T, x[:, : len(p["w"])] @ p["w"]
+        one, other = (one.detach(), other) if first else (one, other.detach())
+        return torch.tanh(one).sum(1, keepdim=True) + torch.sin(other)
+
+    params = {"w": torch.zeros(3 if square else 2, 3)}
+    return problem(model_fn, normal(2, 5, 3), "mse", "mean", params=params)
+
+
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_use_that_no_gradient_reaches_adds_nothing(first: bool, fisher: str, square: bool, engine: str) -> None:
+    case = cut_off(first, square)
+    exact = case.ggn() if fisher == "type-2" else case.empirical_fisher()
+    options: dict[str, Any] = {"fisher": fisher, "engine": engine}
+    assert_exact(estimate(cv.diagonal, case, **options), exact.diagonal().diag())
+    for how in (cv.ekfac, cv.tkfac, cv.kfac):
+        curv = estimate(how, case, **options)
+        if how is cv.kfac:
+            curv = cv.eigenvalue_correct(curv, case.model_fn, case.params, case.batch, loss=cv.MSE(), **options)
+        torch.testing.assert_close(curv.trace(), exact.trace(), rtol=1e-10, atol=0)
+        other = estimate(how, case, fisher=fisher, engine="functional")
+        if how is cv.tkfac:
+            torch.testing.assert_close(curv.to_dense(), other.to_dense(), rtol=1e-9, atol=1e-12)
+        else:
+            vectors = curv.blocks["w"].synthesise(
+                torch.eye(exact.shape[0]).double().reshape(-1, *case.params["w"].shape)
+            )
+            rows = vectors.flatten(1)
+            moments = torch.einsum("ki,ij,kj->k", rows, exact, rows)
+            torch.testing.assert_close(curv.blocks["w"].values.flatten(), moments, rtol=1e-9, atol=1e-13)
+
+
 @both_reductions
 def test_tkfacs_factors_are_the_moments_of_gradients_as_matrices(reduction: str) -> None:
     case = problem(nn.Sequential(*TANH), normal(1, 5, 3), "cross-entropy", reduction)

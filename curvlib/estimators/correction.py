@@ -233,7 +233,7 @@ class EigenSquares(Moment):
             parts = [self.projected(use, left, right) for use in uses]
             found = [rows.position_squares(g) for rows, g in parts]
             return summed([x.mT if use.transposed else x for use, x in zip(uses, found, strict=True)])
-        if len(uses) == 1 and self.rows_are_cheaper(uses[0]):
+        if len(uses) == 1 and not uses[0].transposed and self.rows_are_cheaper(uses[0]):
             rows, g = self.projected(uses[0], left, right)
             return rows.squares(g)
         return summed([sum_of_squares(right.analyse_right(left.analyse_left(d))) for d in in_chunks(uses)])
