@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import optree
@@ -254,3 +255,36 @@ def test_mistakes_are_named(how: Any) -> None:
     wrong = [(torch.ones(2, 3).double(), torch.tensor([0, 5]))]
     with pytest.raises(cv.errors.TargetError):
         how(case.model_fn, case.params, cv.over(wrong))
+
+
+@every_estimator
+@pytest.mark.parametrize("engine", [None, "functional"])
+@pytest.mark.parametrize("made", ["before", "inside", "inside, used outside"])
+def test_the_objectives_gradient_is_right_in_inference_mode(how: Any, made: str, engine: str | None) -> None:
+    case = problem(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), normal(1, 6, 3), "cross-entropy", "mean")
+    expected = how(case.model_fn, case.params, case.batch)
+    params, batch = case.params, case.batch
+    if made != "before":
+        with torch.inference_mode():
+            params, batch = torch_pytree.tree_map(torch.Tensor.clone, (params, batch))
+    with torch.inference_mode(made != "inside, used outside"):
+        curv = how(case.model_fn, params, batch, engine=engine)
+        assert relative_error(curv.damp(1.0).to_dense(), expected.damp(1.0).to_dense()) <= 1e-7
+        with pytest.raises(cv.errors.ArgumentError, match=r"use torch\.no_grad in its place"):
+            how(case.model_fn, params, batch, engine="autograd")
+
+
+@every_estimator
+@both_engines
+def test_sparse_gradients_of_an_embedding_are_gradients(how: Any, engine: str) -> None:
+    def model_fn(p: dict[str, Tensor], x: Tensor, *, sparse: bool) -> Tensor:
+        return torch.tanh(torch.nn.functional.embedding(x, p["table"], sparse=sparse)).flatten(1) @ p["w"]
+
+    params = {"table": normal(1, 6, 3), "w": normal(2, 12, 2)}
+    batch = torch.arange(20).reshape(5, 4) % 6, torch.arange(5) % 2
+    for per_example in (False, True):
+        curv, expected = (
+            how(partial(model_fn, sparse=sparse), params, batch, engine=engine, per_example=per_example)
+            for sparse in (True, False)
+        )
+        assert torch.equal(curv.to_dense(), expected.to_dense())
