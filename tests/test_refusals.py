@@ -128,10 +128,11 @@ REFUSED: dict[str, Case] = {
         *module(nn.Sequential(nn.Embedding(4, 2, max_norm=0.1), nn.Flatten())), TOKENS, "max_norm=None",
     ),
     "loop over examples": (
-        lambda p, x: torch.stack([row @ p["w"] for row in x]), {"w": W}, X, "torch.vmap does it",
+        lambda p, x: torch.stack([row @ p["w"] for row in x]), {"w": W}, X, "write it for all examples at once",
     ),
     "loop over examples by number": (
-        lambda p, x: torch.stack([x[i] @ p["w"] for i in range(len(x))]), {"w": W}, X, "torch.vmap does it",
+        lambda p, x: torch.stack([x[i] @ p["w"] for i in range(len(x))]), {"w": W}, X,
+        "write loops for all examples at once",
     ),
     "loop over time in front": (
         lambda p, x: sum(step @ p["w"] for step in x), {"w": W}, normal(7, 4, 5, 3), "with the examples in front",

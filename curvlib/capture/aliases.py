@@ -134,8 +134,11 @@ def graph_of(output: Tensor) -> set[Any]:
 
 
 def storage(tensor: Tensor) -> int:
-    """The identity of a tensor's storage, which all views share; 0 inside of `torch.vmap`, which hides it."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    """The identity of a tensor's storage, which all views share; 0 where there is none that can be told.
+
+    Sparse tensors have none, and `torch.vmap` hides it.
+    """
+    if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return 0
     return tensor.untyped_storage()._cdata
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from curvlib.capture.aliases import COPIES, LIKE, Aliases, graph_of, parameters, storage, tensors_in
 from curvlib.capture.choices import Choices
 from curvlib.capture.examples import Examples, expand_examples
-from curvlib.capture.flow import RESHAPING, Flow
+from curvlib.capture.flow import Flow
+from curvlib.capture.operations import RESHAPING
 from curvlib.capture.plan import Chosen, Route, Site, Size
 from curvlib.capture.routing import counted
 from curvlib.errors import CaptureError
@@ -68,6 +69,7 @@ class Discover(TorchFunctionMode):
         self.aliases = Aliases(domain)
         self.choices = None if examples.chosen is None else Choices(examples.number, examples.chosen)
         self.calls = 0
+        self.hooked: str | None = None
         self.flow = Flow(examples, {})
         self.sites: list[Site] = []
         self.regions: list[tuple[Region, ...]] = []  # by site
@@ -103,8 +105,10 @@ class Discover(TorchFunctionMode):
         if self.expanded and outputs:
             self.check_expanded(func, operands, outputs)
         used = {alias.leaf for alias in map(self.aliases.of, operands) if alias is not None}
-        if used and getattr(func, "__name__", "") == "register_hook":
-            raise self.unknown("register_hook", used)
+        if getattr(func, "__name__", "") == "register_hook":
+            if used:
+                raise self.unknown("register_hook", used)
+            self.hooked = "'register_hook' may change gradients of all examples at once"
         if not used or not outputs:
             return result
         if torch.is_grad_enabled() and not any(output.requires_grad for output in outputs):
@@ -161,8 +165,9 @@ class Discover(TorchFunctionMode):
         if rows is None and content is not None:
             raise CaptureError(
                 f"it is applied to what all examples share ({content.mixed}), so that it has no gradient of each "
-                "example: if the first axis of the inputs does not count the examples (time first, say), give model_fn "
-                "inputs with the examples in front and transpose inside; or close over the parameter"
+                "example: write loops for all examples at once; if the first axis of the inputs does not count the "
+                "examples (time first, say), give model_fn inputs with the examples in front and transpose inside; or "
+                "close over the parameter"
             )
         output = result if rows is not None else result.unsqueeze(0).expand(self.examples.number, *result.shape)
         use = entry.match(Inspection(self.aliases.region, output, rows or 0), *args, **kwargs)

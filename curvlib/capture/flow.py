@@ -9,7 +9,6 @@ examples too: each belongs to one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,24 +21,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvlib.capture.aliases import storage, tensors_in
 from curvlib.capture.choices import MASKS
 from curvlib.capture.examples import Examples
+from curvlib.capture.operations import (
+    CUTTING,
+    INDEXING,
+    REARRANGING,
+    RESHAPING,
+    SOLUTIONS,
+    along,
+    bound,
+    dimensions,
+    is_range,
+    operation,
+    strided_within,
+)
 from curvlib.errors import CaptureError
 
-DIMENSIONS = ("dim", "dims", "dim0", "dim1", "dimension", "axis", "axes")
-REARRANGING = {
-    "alias", "clone", "detach", "diag_embed", "diagonal", "expand", "movedim", "permute", "repeat", "squeeze", "stack",
-    "swapaxes", "t", "transpose", "transpose_", "unsqueeze", "unsqueeze_", "squeeze_", "t_", "_to_copy", "contiguous",
-    "lift_fresh",
-}  # fmt: skip
-RESHAPING = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-CUTTING = {
-    "slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "narrow",
-}  # fmt: skip
-INDEXING = {
-    "index", "index_put", "index_put_", "_index_put_impl_", "index_add", "index_add_", "index_copy", "index_copy_",
-    "index_select", "index_fill", "index_fill_",
-}  # fmt: skip
-MATRIX = ("_scaled_dot_product", "_fused_sdp", "linalg_", "_linalg", "cholesky", "triangular_solve")
-RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
 MANY_PIECES = 64
 
 
@@ -75,7 +71,7 @@ class Flow:
         self.contents: dict[int, tuple[Tensor, Content]] = {}  # by identity; tensors are kept alive
         self.written: dict[int, Content] = {}  # by storage
         self.ranges: dict[int, Tensor] = {}  # 0, 1, ..., N - 1, in any shape
-        self.entries: dict[int, set[int]] = {}  # by storage: which single examples were taken out
+        self.taken: dict[tuple[str, int], set[int]] = {}  # by operation and storage: where examples were taken out
 
     def start(self, inputs: Any) -> None:
         """Makes the inputs known."""
@@ -127,6 +123,11 @@ class Flow:
         axis = self.examples.axis(tensor) if self.examples.marked else None
         return self.examples.chosen_axis(tensor) if axis is None else axis
 
+    def prime(self, tensor: Tensor, axis: int) -> int:
+        """The number of examples, or of rows chosen by values, that an axis counts."""
+        chosen, number = self.examples.chosen, self.examples.number
+        return number if chosen is None or tensor.shape[axis] % number == 0 else chosen
+
     def multiple(self, tensor: Tensor) -> int:
         """How many entries the axis of examples has for each example."""
         axis = self.axis(tensor)
@@ -147,6 +148,8 @@ class Flow:
         operands, outputs = tensors_in((args, tuple(kwargs.values()))), tensors_in(result)
         found = [(x, content) for x in operands if (content := self.content(x)) is not None]
         name = operation(func)
+        if name in CUTTING:
+            self.notice_loop(name, bound(func, args, kwargs), operands[0], outputs)
         if not found:
             known = any(id(x) in self.ranges or self.is_written_range(x) for x in operands)
             if is_range(name, func, args, kwargs, self.examples.number) or (known and name in REARRANGING | RESHAPING):
@@ -202,10 +205,11 @@ class Flow:
                 return f"{name!r} moves entries from example to example"
             if name == "as_strided" and not strided_within(operand, axis, outputs[0]):
                 return f"{name!r} moves entries from example to example"
-            if name not in INDEXING and along(name, arguments, operand, axis):
+            if name not in INDEXING and along(name, arguments, operand, axis, self.prime(operand, axis)):
                 return f"{name!r} works along the axis of examples"
-        for output in outputs:
-            if output.numel() and self.axis(output) is None and not name.startswith("_scaled_dot_product"):
+        whole = name in SOLUTIONS or name.startswith("_scaled_dot_product")  # other results are not for the model
+        for output in outputs[:1] if whole else outputs:
+            if output.numel() and self.axis(output) is None:
                 return f"{name!r} takes the axis of examples away"
             if self.pairs(output) and not any(self.pairs(x) for x in operands):
                 return f"{name!r} combines each example with every other"
@@ -218,24 +222,34 @@ class Flow:
     def cutting(
         self, name: str, arguments: dict[str, Any], operand: Tensor, axis: int, outputs: list[Tensor]
     ) -> str | None:
-        """`mixing` of slices, entries and pieces; noticed early where a model goes through its examples in a loop."""
+        """`mixing` of slices, entries and pieces."""
         if axis not in dimensions(arguments, operand.ndim):
             return None
-        if name == "select":
-            taken = self.entries.setdefault(storage(operand), set())
-            taken.add(int(arguments["index"]))
-        if (name == "select" and len(taken) > 2) or len(outputs) > MANY_PIECES:
-            raise CaptureError(
-                f"the model goes through the first axis of its inputs entry by entry ({name!r}), and that axis counts "
-                "the examples: write it for all examples at once (torch.vmap does it for a function of one); if the "
-                "first axis is another one (time, layers), give model_fn inputs with the examples in front and "
-                "transpose inside"
-            )
         whole_batches = self.contents_in_rows(operand) and all(
             self.axis(x) == axis and int(arguments.get("start") or 0) % self.examples.number == 0 for x in outputs
         )
         uncut = all(x.shape[axis : axis + 1] == operand.shape[axis : axis + 1] for x in outputs)
         return None if uncut or whole_batches else f"{name!r} takes some of the examples"
+
+    def notice_loop(self, name: str, arguments: dict[str, Any], operand: Tensor, outputs: list[Tensor]) -> None:
+        """Notices early where a model goes through its examples in a loop.
+
+        Raises:
+            CaptureError: it takes out a third one by its number, or cuts them in many pieces.
+        """
+        axis = self.axis(operand)
+        if axis is None or axis not in dimensions(arguments, operand.ndim):
+            return
+        taken = self.taken.setdefault((name, storage(operand)), set())
+        if name in ("select", "slice"):
+            whole = outputs[0].ndim == operand.ndim and outputs[0].shape == operand.shape
+            taken |= set() if whole else {int(arguments.get("index", arguments.get("start")) or 0)}
+        if len(taken) > (2 if name == "select" else MANY_PIECES) or len(outputs) > MANY_PIECES:
+            raise CaptureError(
+                f"the model goes through the first axis of its inputs piece by piece ({name!r}), and that axis counts "
+                "the examples: write it for all examples at once; if the first axis is another one (time, layers), "
+                "give model_fn inputs with the examples in front and transpose inside"
+            )
 
     def contents_in_rows(self, tensor: Tensor) -> bool:
         """Whether the axis of examples holds several batches in a row, so that it can be cut between them."""
@@ -292,78 +306,3 @@ class RealRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.flow.targets(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
-
-
-@functools.cache
-def operation(func: Any) -> str:
-    """The name of an operation."""
-    name: str = func._schema.name.split("::")[-1]
-    return name
-
-
-@functools.cache
-def signature(func: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of an operation's arguments, and its defaults."""
-    arguments = func._schema.arguments
-    return tuple(x.name for x in arguments), {x.name: x.default_value for x in arguments if x.has_default_value()}
-
-
-def bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """An operation's arguments by name, with its defaults."""
-    names, defaults = signature(func)
-    return defaults | dict(zip(names, args, strict=False)) | kwargs
-
-
-def dimensions(arguments: dict[str, Any], ndim: int) -> set[int]:
-    """The axes that an operation is told to work along."""
-    found: set[int] = set()
-    for name in DIMENSIONS:
-        value = arguments.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            found.add(value % max(1, ndim))
-        elif isinstance(value, (list, tuple)):
-            found |= {int(axis) % max(1, ndim) for axis in value}
-    return found
-
-
-def along(name: str, arguments: dict[str, Any], operand: Tensor, axis: int) -> bool:
-    """Whether an operation computes along one axis of an operand, so that entries there meet."""
-    ndim = operand.ndim
-    if name in REARRANGING or name in RESHAPING or name in ("cat", "linalg_vector_norm"):
-        return False
-    if name.startswith(MATRIX) and name != "linalg_cross":
-        matrix = arguments.get("A")
-        vectors = isinstance(matrix, Tensor) and operand.shape == matrix.shape[:-1]  # one for each matrix
-        return axis >= ndim - (1 if vectors else 2)
-    if "convolution" in name:
-        return axis != 0 and not (axis == 1 and arguments["groups"] % operand.shape[1] == 0)
-    if "batch_norm" in name:
-        return axis != 1 and bool(arguments.get("training", arguments.get("train", "with_update" in name)))
-    if name in RECURRENT:
-        return axis != (0 if arguments.get("batch_first") else 1)
-    if name == "native_layer_norm":
-        return axis >= ndim - len(arguments["normalized_shape"])
-    if name == "constant_pad_nd":
-        pad = arguments["pad"]
-        return any(pad[2 * (ndim - 1 - axis) : 2 * (ndim - axis)])
-    if name == "renorm":
-        return axis not in dimensions(arguments, ndim)
-    if name == "roll" and not arguments["dims"]:
-        return True
-    return axis in dimensions(arguments, ndim)
-
-
-def strided_within(operand: Tensor, axis: int, output: Tensor) -> bool:
-    """Whether strides keep the axis of examples, and lead nowhere else within the elements of an example."""
-    if output.shape[axis : axis + 1] != operand.shape[axis : axis + 1] or output.stride(axis) != operand.stride(axis):
-        return False
-    others = [(n - 1) * k for i, (n, k) in enumerate(zip(output.shape, output.stride(), strict=True)) if i != axis]
-    return sum(others) < operand.stride(axis)
-
-
-def is_range(name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], number: int) -> bool:
-    """Whether an operation makes 0, 1, ..., N - 1."""
-    if name != "arange":
-        return False
-    arguments = bound(func, args, kwargs)
-    return (arguments.get("start", 0), arguments["end"], arguments.get("step", 1)) == (0, number, 1)

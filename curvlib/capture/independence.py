@@ -46,19 +46,22 @@ def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -
             rows = x.ndim > 0 and x.shape[0] == number
             return x.detach()[index.to(x.device)] if rows else x.detach().clone()
 
-        with torch.random.fork_rng(devices), torch.no_grad(), uncompiled():
+        with torch.no_grad(), uncompiled():
             values: Tensor = model_fn(params, torch_pytree.tree_map_only(Tensor, chosen, inputs))
         return values
 
-    together = outputs(torch.arange(number))
-    tolerance = float(together.abs().amax()) * torch.finfo(together.dtype).eps ** 0.75
-    copies = 1
-    for n in torch.linspace(0, number - 1, min(number, TRIED)).long().unique().tolist():
-        try:
-            alone = outputs(torch.full((copies,), n))
-        except RuntimeError:
-            copies = number
-            alone = outputs(torch.full((copies,), n))
-        if len(alone) != copies or not torch.allclose(alone[0], together[n], rtol=0, atol=tolerance):
-            return "the outputs of an example by itself are others than in the batch"
+    with torch.random.fork_rng(devices):
+        together = outputs(torch.arange(number))
+        tolerance = float(together.abs().amax()) * torch.finfo(together.dtype).eps ** 0.75
+        if not torch.allclose(outputs(torch.arange(number)), together, rtol=0, atol=tolerance):
+            return None  # the model draws numbers, and values tell nothing
+        copies = 1
+        for n in torch.linspace(0, number - 1, min(number, TRIED)).long().unique().tolist():
+            try:
+                alone = outputs(torch.full((copies,), n))
+            except Exception:  # a model may refuse a batch of one in any way
+                copies = number
+                alone = outputs(torch.full((copies,), n))
+            if len(alone) != copies or not torch.allclose(alone[0], together[n], rtol=0, atol=tolerance):
+                return "the outputs of an example by itself are others than in the batch"
     return None

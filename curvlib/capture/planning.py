@@ -160,7 +160,8 @@ def discover(
     if unused:
         raise UnusedParameterError(
             f"the model never uses {parameters(domain, unused)}: leave out of params what it does not use"
-            + ("" if used else ", or make model_fn read its first argument (it uses no parameter at all)")
+            + ("" if used else ", or make model_fn read its first argument (it uses no parameter at all, or none outside "
+               "of torch.vmap, inside of which uses cannot be seen: call it on the whole batch)")
         )
     blocks = assign(domain, sites)
     sites = loosened(domain, sites, blocks)
@@ -177,7 +178,7 @@ def discover(
         examples.sizes(outputs),
         static=fake,
         routes=routes,
-        mixed=None if mixed is None else mixed.mixed,
+        mixed=mode.hooked if mixed is None or mixed.mixed is None else mixed.mixed,
         writes_inputs=mode.flow.writes_inputs,
     )
 

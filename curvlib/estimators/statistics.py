@@ -198,7 +198,8 @@ def require_examples(plan: Plan) -> None:
         raise CaptureError(
             f"examples depend on each other: {plan.mixed}, so that the gradient of a single example is not defined. "
             "Batch norm: call module.eval() first; batches with another axis in front (time): transpose inside "
-            "model_fn. `cv.kfac`, `cv.shampoo` (per_example=False), `cv.ggn` and `cv.hessian` need no single examples"
+            "model_fn; entries picked by a flat index: torch.gather, or an index x[torch.arange(N), i]. `cv.kfac`, "
+            "`cv.shampoo` (per_example=False), `cv.ggn` and `cv.hessian` need no single examples"
         )
     for site in plan.sites:
         if site.scattered:
