@@ -36,6 +36,10 @@ from curvlib.pytree import Domain, Tree, flatten
 
 ModelFn = Callable[[Any, Any], Any]
 
+READ = (
+    "read its first argument (it uses no parameter at all, or none outside of torch.vmap, inside of which uses cannot be "
+    "seen: call it on the whole batch)"
+)
 PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
 
 
@@ -160,8 +164,7 @@ def discover(
     if unused:
         raise UnusedParameterError(
             f"the model never uses {parameters(domain, unused)}: leave out of params what it does not use"
-            + ("" if used else ", or make model_fn read its first argument (it uses no parameter at all, or none outside "
-               "of torch.vmap, inside of which uses cannot be seen: call it on the whole batch)")
+            + ("" if used else f", or make model_fn {READ}")
         )
     blocks = assign(domain, sites)
     sites = loosened(domain, sites, blocks)
