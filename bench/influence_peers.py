@@ -1,11 +1,4 @@
-"""kronfluence 1.0.1 and dattri 0.3.0 as functions from a model and data to influence scores.
-
-    pip install --no-deps kronfluence==1.0.1 dattri==0.3.0 accelerate einops einconv opt-einsum
-
-Without --no-deps, kronfluence brings in torchvision, which can replace torch, and of which it needs nothing here. Both
-wheels also put directories named tests, test, examples, docs and experiments into site-packages, where they hide this
-repository's: delete them.
-"""
+"""kronfluence and dattri as functions from a model and data to influence scores."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@ eigenvalue: `RelativeTikhonov`. Terms of an example are summed over positions in
 ``CrossEntropy("sum")`` curvlib's matrices are sums over examples, so scores are multiplied by their number here.
 Its KFAC is compared where a layer has one row an example: with more, both of its factors are means over rows. In
 float64 no difference remains; in float32 the one that does is in the eigenvectors, see the test of that name.
-
-It is not in the ``bench`` extra because it lists torchvision; how to install it is in bench/influence_peers.py.
 """
 
 from __future__ import annotations
