@@ -46,8 +46,9 @@ def scale_by_adam(
     Example:
         >>> transformation = scale_by_adam()
         >>> params = torch.zeros(2)
-        >>> transformation.update(torch.tensor([3.0, -0.1]), transformation.init(params))[0]
-        tensor([ 1., -1.])
+        >>> update, _ = transformation.update(torch.tensor([3.0, -0.1]), transformation.init(params))
+        >>> torch.allclose(update, torch.tensor([1.0, -1.0]))
+        True
     """
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
         below_one(name, beta)
