@@ -33,7 +33,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> eigenvalues, vectors = eigh(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
-        >>> eigenvalues
+        >>> eigenvalues.round(decimals=4)
         tensor([1., 2.])
     """
     if matrix.dtype in (torch.float16, torch.bfloat16):

@@ -25,7 +25,7 @@ def row_space(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> vectors, values = row_space(torch.tensor([[0.0, 3.0, 4.0]]))
-        >>> values, vectors.abs().mT
+        >>> values.round(decimals=3), vectors.abs().mT.round(decimals=4)
         (tensor([25.]), tensor([[0.0000, 0.6000, 0.8000]]))
     """
     basis, triangle = torch.linalg.qr(full_precision(rows).mT)

@@ -41,7 +41,8 @@ def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of samples [m, *] over the first axis, and its standard error (nan for one sample).
 
     Example:
-        >>> mean_and_error(torch.tensor([1.0, 3.0]))
+        >>> mean, error = mean_and_error(torch.tensor([1.0, 3.0]))
+        >>> mean, error.round(decimals=3)
         (tensor(2.), tensor(1.))
     """
     return samples.mean(0), samples.std(0) / len(samples) ** 0.5 if len(samples) > 1 else samples[0] * torch.nan

@@ -27,7 +27,7 @@ class Tikhonov:
 
     Example:
         >>> import torch, curvlib as cv
-        >>> cv.Dense(torch.eye(2)).damp(cv.Tikhonov(0.5)).trace()
+        >>> cv.Dense(torch.eye(2)).damp(cv.Tikhonov(0.5)).trace().round(decimals=4)
         tensor(3.)
     """
 

@@ -136,7 +136,7 @@ class KroneckerSide(Matrix):
     Example:
         >>> from curvlib.operators import Dense, Diagonal
         >>> side = KroneckerSide((Diagonal(torch.tensor([1.0, 2.0])), Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))))
-        >>> side.eigenvalues(), side.trace(), side @ torch.tensor([1.0, 0.0, 2.0, 0.0])
+        >>> side.eigenvalues().round(decimals=4), side.trace(), side @ torch.tensor([1.0, 0.0, 2.0, 0.0])
         (tensor([1., 2., 3., 6.]), tensor(12.), tensor([2., 1., 8., 4.]))
     """
 

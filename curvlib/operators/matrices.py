@@ -115,7 +115,7 @@ class Dense(Matrix):
         matrix: M [*, d, d]. Only symmetric matrices make sense; this is not checked.
 
     Example:
-        >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).eigenvalues()
+        >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).eigenvalues().round(decimals=4)
         tensor([1., 3.])
     """
 

@@ -34,7 +34,7 @@ class ScaledPower(Matrix):
     Example:
         >>> from curvlib.operators import Dense
         >>> root = ScaledPower(Dense(torch.diag(torch.tensor([4.0, 9.0]))), torch.tensor(2.0), 0.5)
-        >>> root @ torch.ones(2), root.power(2).to_dense()
+        >>> (root @ torch.ones(2)).round(decimals=4), root.power(2).to_dense()
         (tensor([4., 6.]), tensor([[16.,  0.],
                 [ 0., 36.]]))
         >>> root.base.matrix.diagonal()

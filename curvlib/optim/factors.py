@@ -140,8 +140,8 @@ class KLFactors(FactorRule):
     Example:
         >>> gradient = torch.tensor([[[3.0, 4.0]]])
         >>> factors = KLFactors().start(Observation(gradient, gradient, gradient**2), (0, 1), 0.5)
-        >>> factors.matrices[0] == factors.eigenvalues[0]
-        tensor([[[True]]])
+        >>> torch.allclose(factors.matrices[0], factors.eigenvalues[0])
+        True
     """
 
     damping: float = 1e-8

@@ -90,7 +90,7 @@ class RankOneMoment(SecondMoment):
     Example:
         >>> moment = RankOneMoment()
         >>> state = moment.update(moment.start(torch.zeros(1, 1, 2)), torch.tensor([[[9.0, 16.0]]]), 0.0)
-        >>> moment.root(state, Factors(()), (0, 1), torch.zeros(1, 1, 2), None)
+        >>> moment.root(state, Factors(()), (0, 1), torch.zeros(1, 1, 2), None).round(decimals=3)
         tensor([[[3., 4.]]])
     """
 

@@ -109,9 +109,9 @@ def scale_by_shampoo(
     Example:
         >>> grads = {"w": torch.tensor([[4.0, 0.0], [0.0, 9.0]])}
         >>> shampoo = scale_by_shampoo(refresh=Every(1))
-        >>> torch.round(shampoo.update(grads, shampoo.init(grads))[0]["w"], decimals=3)
-        tensor([[1., 0.],
-                [0., 1.]])
+        >>> updates, _ = shampoo.update(grads, shampoo.init(grads))
+        >>> torch.allclose(updates["w"], torch.eye(2), atol=1e-3)
+        True
     """
     if factor_beta is not None:
         below_one("factor_beta", factor_beta)

@@ -124,7 +124,7 @@ def started(matrix: Tensor, basis: Tensor, failures: Tensor) -> tuple[Turn, Tens
 
     Example:
         >>> basis, failures = torch.eye(2).unsqueeze(0), torch.zeros(1, dtype=torch.int32)
-        >>> started(torch.diag(torch.tensor([1.0, 2.0])).unsqueeze(0), basis, failures)[0].new.abs()
+        >>> started(torch.diag(torch.tensor([1.0, 2.0])).unsqueeze(0), basis, failures)[0].new.abs().round(decimals=4)
         tensor([[[0., 1.],
                  [1., 0.]]])
     """
