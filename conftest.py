@@ -1,6 +1,6 @@
 """Every test and every doctest: one thread, torch's global generator seeded, hypothesis' examples always the same.
 
-A change is judged by what it changes; `pytest --hypothesis-profile=default` looks for other examples.
+A change is judged by what it changes; `make test-random` looks for other examples.
 """
 
 from __future__ import annotations
