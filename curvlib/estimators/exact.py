@@ -28,6 +28,7 @@ from curvlib.estimators.linearization import Leaves, choose, on_leaves, twice_di
 from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, detached, first_batch
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
+from curvlib.operators.vectors import at_least_single, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static
 
 KINDS = ("mc", "empirical", "type-2")
@@ -62,8 +63,12 @@ class MatrixFree(Implicit):
         return Domain.of(self.params)
 
     @property
+    def model_dtype(self) -> torch.dtype:
+        return at_least_single(widest(x.dtype for x in flatten(self.params)[0]))
+
+    @property
     def like(self) -> Tensor:
-        return full_precision(flatten(self.params)[0][0])
+        return flatten(self.params)[0][0].to(self.model_dtype)
 
     def apply(self, vectors: Tree, leading: int) -> Tree:
         domain, params = self.domain, flatten(self.params)[0]

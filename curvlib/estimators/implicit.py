@@ -83,15 +83,15 @@ class Implicit(Lazy):
 
     def plus(self, other: Operator) -> Operator:
         terms = other.terms if isinstance(other, ImplicitSum) else (other,)
-        shifts = other.shift if isinstance(other, ImplicitSum) else self.like.new_zeros(())
-        return ImplicitSum((self, *terms), shifts)
+        zero = self.like.new_zeros((), dtype=other.dtype)  # both have been made equally wide
+        return ImplicitSum((self, *terms), other.shift if isinstance(other, ImplicitSum) else zero)
 
     def damp(self, damping: Damping | float | Tensor) -> ImplicitSum:
         """The operator plus damping; only damping relative to the mean eigenvalue needs the trace."""
         damping = as_damping(damping)
         absolute = isinstance(damping, Tikhonov) or (isinstance(damping, FactoredTikhonov) and not damping.relative)
         strength = damping.strength if absolute else shift(damping, self.trace() / self.size)
-        return ImplicitSum((self,), self.like.new_zeros(()) + strength)
+        return ImplicitSum((self,), torch.as_tensor(strength, dtype=self.dtype, device=self.like.device))
 
     def raised(self, exponent: float, *, damped: bool) -> Operator:
         if exponent == 1:
@@ -114,7 +114,7 @@ class Implicit(Lazy):
         parts = []
         for numbers in columns.split(step):
             rows = (numbers.unsqueeze(1) == columns).to(one.dtype)
-            parts.append(ravel_rows(self.apply(unravel_rows(rows, self.domain), 1)))
+            parts.append(ravel_rows(self.matmat(unravel_rows(rows, self.domain))))
         return torch.cat(parts)
 
     @remembered
@@ -138,8 +138,8 @@ class Implicit(Lazy):
     def frobenius_norm(self) -> Tensor:
         return self.dense().frobenius_norm()
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
-        return self.dense().sample(generator, n)
+    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+        return self.dense().draws(generator, n)
 
 
 @register
@@ -171,7 +171,7 @@ class ImplicitSum(Implicit):
 
     @property
     def like(self) -> Tensor:
-        return self.shift
+        return self.shift.to(self.dtype)
 
     def apply(self, vectors: Tree, leading: int) -> Tree:
         total = scale(self.shift, self.domain.tree(self.domain.leaves(vectors, leading)))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from curvlib.capture.engines import ModelFn
-from curvlib.errors import ShapeError
+from curvlib.errors import PytreeError, ShapeError
 from curvlib.estimators.linearization import Linearization, choose, each, linearize, on_leaves, twice_differentiable
 from curvlib.estimators.source import Frame, detached
+from curvlib.operators.vectors import LinearMap, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static
 
 
@@ -57,7 +58,7 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None =
 
 
 @register
-class Jacobian:
+class Jacobian(LinearMap):
     """The linear map params -> outputs that `jacobian` returns; its transpose is ``.T``."""
 
     params: Tree
@@ -79,19 +80,19 @@ class Jacobian:
 
         Raises:
             PytreeError, ShapeError: these are not vectors of params; the message names the leaf.
+            DtypeError: a leaf is not of a floating dtype; the message names it.
         """
+        dtype = widest(v.dtype for v in vector_leaves(vectors) if isinstance(v, Tensor))
         stack = [v.to(x.dtype) for v, x in zip(self.domain.leaves(vectors, 1), flatten(self.params)[0], strict=True)]
         with twice_differentiable():
             product: Tensor = each(self.linearization().push, stack, self.width)
-        return product
+        return product.to(dtype)
 
     def matvec(self, v: Tree) -> Tensor:
-        """J v, in the shape of the outputs."""
+        """J v, in the shape of the outputs and the widest dtype of the vector's leaves."""
+        vector_leaves(v)
         leaves = self.domain.leaves(v)
         return self.matmat(self.domain.tree([leaf.unsqueeze(0) for leaf in leaves])).squeeze(0)
-
-    def __matmul__(self, v: Tree) -> Tensor:
-        return self.matvec(v)
 
     @property
     def T(self) -> TransposedJacobian:  # noqa: N802 (as tensors call it)
@@ -108,7 +109,7 @@ class Jacobian:
 
 
 @register
-class TransposedJacobian:
+class TransposedJacobian(LinearMap):
     """The linear map outputs -> params."""
 
     jacobian: Jacobian
@@ -117,23 +118,29 @@ class TransposedJacobian:
         """J^T u for k cotangents [k, *outputs.shape]: a pytree like params with a leading axis k.
 
         Raises:
-            ShapeError: the cotangents do not have the shape of the outputs.
+            PytreeError, ShapeError: the cotangents are not one tensor in the shape of the outputs.
+            DtypeError: they are not of a floating dtype.
         """
         shape = self.jacobian.output_shape
+        vector_leaves(cotangents)
+        if not isinstance(cotangents, Tensor):
+            raise PytreeError(f"expected cotangents of shape [k] + {shape}, got a {type(cotangents).__name__}")
         if tuple(cotangents.shape[1:]) != shape or not cotangents.ndim:
             raise ShapeError(f"expected cotangents of shape [k] + {shape}, got {tuple(cotangents.shape)}")
         with twice_differentiable():
             line = self.jacobian.linearization()
             leaves = each(line.pull, cotangents.to(line.value.dtype), self.jacobian.width)
-        return self.jacobian.domain.tree(leaves)
+        return self.jacobian.domain.tree([leaf.to(cotangents.dtype) for leaf in leaves])
 
     def matvec(self, u: Tensor) -> Tree:
-        """J^T u, a pytree like params."""
+        """J^T u, a pytree like params in the dtype of u."""
+        vector_leaves(u)
+        if not isinstance(u, Tensor):
+            raise PytreeError(
+                f"expected a cotangent of shape {self.jacobian.output_shape}, got a {type(u).__name__}"
+            )
         stacked = flatten(self.matmat(u.unsqueeze(0)))[0]
         return self.jacobian.domain.tree([leaf.squeeze(0) for leaf in stacked])
-
-    def __matmul__(self, u: Tensor) -> Tree:
-        return self.matvec(u)
 
     @property
     def T(self) -> Jacobian:  # noqa: N802
@@ -148,6 +155,7 @@ class TransposedJacobian:
         """The matrix [D, number of outputs]. For small problems and tests."""
         shape = self.jacobian.output_shape
         size = math.prod(shape)
-        like = flatten(self.jacobian.params)[0][0]
-        rows = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *shape)
+        leaves = flatten(self.jacobian.params)[0]
+        dtype = widest(leaf.dtype for leaf in leaves)
+        rows = torch.eye(size, dtype=dtype, device=leaves[0].device).reshape(size, *shape)
         return torch.cat([leaf.reshape(size, -1) for leaf in flatten(self.matmat(rows))[0]], 1).mT

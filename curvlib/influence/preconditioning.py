@@ -88,7 +88,7 @@ def of_block(block: Operator, gradients: BlockGradients, start: int, stop: int) 
         few = rotatable(gradients, block)
         if few is not None:
             return Whole(product(block, few, start, stop))
-    return Whole(block.apply(gradients.dense(start, stop), 1))
+    return Whole(block.matmat(gradients.dense(start, stop)))
 
 
 def of_rank(vectors: Vectors, rank: int) -> Vectors:

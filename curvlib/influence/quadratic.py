@@ -36,5 +36,5 @@ def of_block(block: Operator, gradients: BlockGradients, batch: ExampleGradients
     parts = []
     for start, stop in ranges(batch, None):
         vectors = gradients.dense(start, stop)
-        parts.append((vectors * block.apply(vectors, 1)).flatten(1).sum(1))
+        parts.append((vectors * block.matmat(vectors)).flatten(1).sum(1))
     return torch.cat(parts)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, PytreeError, SingularError
 from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import tolerance
 from curvlib.operators.damping import Damping, as_damping
+from curvlib.operators.vectors import LinearMap, at_least_single, vector_leaves, widest
 from curvlib.pytree import Tree, inner, tree_map
 
 if TYPE_CHECKING:
@@ -21,11 +24,14 @@ if TYPE_CHECKING:
     from curvlib.operators.sketch import Compressor
 
 
-class Operator(ABC):
+class Operator(LinearMap):
     """A symmetric linear operator on pytrees, immutable.
 
     A block acts on one tensor of its ``shape``; a curvature made by an estimator acts on pytrees like params. Every
     operation returns a new object. Subclasses are final; they implement the abstract methods and override nothing.
+
+    Products are computed in the widest of the dtypes of the operator and of the vector, and come back in the vector's,
+    leaf by leaf. Eigenvalues, powers and inverses are computed, and kept, in float32 at least.
 
     Example:
         >>> import torch, curvlib as cv
@@ -38,7 +44,7 @@ class Operator(ABC):
 
     @abstractmethod
     def apply(self, vectors: Tree, leading: int) -> Tree:
-        """The operator applied to vectors that are stacked along ``leading`` axes."""
+        """The operator applied to vectors of its dtype that are stacked along ``leading`` axes."""
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -81,8 +87,8 @@ class Operator(ABC):
         """The sum in closed form, or None if there is none."""
 
     @abstractmethod
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
-        """Draws from N(0, curv): curv^(1/2) eps, with a leading axis of n draws if n is given."""
+    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+        """`sample`, in float32 at least."""
 
     @property
     @abstractmethod
@@ -106,24 +112,85 @@ class Operator(ABC):
         """The number D of rows."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def model_dtype(self) -> torch.dtype | None:
+        """Of an operator whose tensors are parameters and data: the dtype that products with the model have."""
+        return None
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """The floating dtypes of its tensors, and those of the models of matrix-free parts."""
+        leaves = torch_pytree.tree_leaves(self, is_leaf=is_matrix_free)
+        found = {x.model_dtype if isinstance(x, Operator) else x.dtype for x in leaves}
+        return frozenset(dtype for dtype in found if dtype is not None and dtype.is_floating_point)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the widest dtype of its tensors; of a matrix-free operator, that of its model."""
+        return widest(self.dtypes)
+
+    def widened(self, dtype: torch.dtype) -> Operator:
+        """The same operator in another dtype but for its matrix-free parts, which compute in that of their model."""
+        if self.dtypes == {dtype}:
+            return self
+        leaves, structure = torch_pytree.tree_flatten(self, is_leaf=is_matrix_free)
+        cast = [x if isinstance(x, Operator) else x.to(dtype) for x in leaves]
+        operator: Operator = torch_pytree.tree_unflatten(cast, structure)
+        return operator
+
+    def in_one_dtype(self, vectors: Tree) -> tuple[Operator, Tree]:
+        """The operator and vectors in the widest of their dtypes.
+
+        Raises:
+            PytreeError, DtypeError: these are not vectors.
+        """
+        dtypes = self.dtypes.union(x.dtype for x in vector_leaves(vectors) if isinstance(x, Tensor))
+        if len(dtypes) == 1:
+            return self, vectors
+        dtype = widest(dtypes)
+        return self.widened(dtype), tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, vectors)
+
+    def product(self, vectors: Tree, leading: int) -> Tree:
+        """The operator applied to vectors of any floating dtypes that are stacked along ``leading`` axes."""
+        operator, wide = self.in_one_dtype(vectors)
+        images = operator.apply(wide, leading)
+        return images if wide is vectors else tree_map(lambda image, x: image.to(x.dtype), images, vectors)
+
     def matvec(self, v: Tree) -> Tree:
-        """Curv v for a vector of the domain.
+        """Curv v for a vector of the domain, each leaf in the dtype of the vector's.
 
         Raises:
             PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
+            DtypeError: a leaf is not of a floating dtype; the message names it.
         """
-        return self.apply(v, 0)
+        return self.product(v, 0)
 
     def matmat(self, vectors: Tree) -> Tree:
         """Curv v for k vectors stacked along a leading axis of every leaf."""
-        return self.apply(vectors, 1)
-
-    def __matmul__(self, v: Tree) -> Tree:
-        return self.apply(v, 0)
+        return self.product(vectors, 1)
 
     def quadratic(self, v: Tree) -> Tensor:
-        """v^T curv v, a 0-d tensor."""
-        return inner(v, self.apply(v, 0))
+        """v^T curv v, a 0-d tensor in the widest of the dtypes of the operator and the vector."""
+        operator, wide = self.in_one_dtype(v)
+        return inner(wide, operator.apply(wide, 0))
+
+    def precise(self) -> Operator:
+        """The operator in float32 at least, as eigenvalues and powers are computed."""
+        return self.widened(at_least_single(self.dtype))
+
+    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
+        """Draws from N(0, curv): curv^(1/2) eps, with a leading axis of n draws if n is given; in the operator's dtype.
+
+        Raises:
+            ArgumentError: no generator is given.
+            SingularError: an eigenvalue is negative.
+        """
+        if not isinstance(generator, torch.Generator):
+            raise ArgumentError(
+                f"sample draws from a torch.Generator, its first argument, but got {generator!r}: write "
+                "sample(torch.Generator().manual_seed(0)), and sample(generator, n=3) for three draws"
+            )
+        return tree_map(lambda x: x.to(self.dtype), self.precise().draws(generator, n))
 
     def power(self, exponent: float, damping: Damping | float | Tensor = 0.0) -> Operator:
         """(curv + damping)^exponent.
@@ -135,8 +202,8 @@ class Operator(ABC):
         damping = as_damping(damping)
         undamped = not isinstance(damping.strength, Tensor) and damping.strength == 0
         if undamped:
-            return self.raised(exponent, damped=False)
-        return self.damp(damping).raised(exponent, damped=True)
+            return self.precise().raised(exponent, damped=False)
+        return self.precise().damp(damping).raised(exponent, damped=True)
 
     def inverse(self, damping: Damping | float | Tensor = 0.0) -> Operator:
         """(curv + damping)^-1.
@@ -157,7 +224,7 @@ class Operator(ABC):
         """
         from curvlib.operators.projection import project  # a projection is made of operators
 
-        return project(self, sketch)
+        return project(self.precise(), sketch)
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> Operator:
         """The k leading eigenpairs a side, and the mean of the other eigenvalues for all that is orthogonal to them.
@@ -175,15 +242,15 @@ class Operator(ABC):
         """
         from curvlib.operators.truncation import truncate  # a truncation is made of operators
 
-        return truncate(self, rank, energy)
+        return truncate(self.precise(), rank, energy)
 
     def eigenvalues(self) -> Tensor:
         """All D eigenvalues, ascending."""
-        return self.spectrum().sort().values
+        return self.precise().spectrum().sort().values
 
     def logdet(self) -> Tensor:
         """Log det curv, a 0-d tensor: -inf if singular."""
-        return self.map_eigenvalues(torch.log).trace()
+        return self.precise().map_eigenvalues(torch.log).trace()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same operator on another device or with another dtype."""
@@ -201,21 +268,28 @@ class Operator(ABC):
                 if one.get(name) != two.get(name)
             ]
             raise PytreeError(f"the operators to be added act on different vectors: {', '.join(unequal)}")
-        total = self.plus(other)
-        total = total if total is not None else other.plus(self)
+        dtype = widest(self.dtypes | other.dtypes)
+        one, two = self.widened(dtype), other.widened(dtype)
+        total = one.plus(two)
+        total = total if total is not None else two.plus(one)
         if total is not None:
             return total
         from curvlib.operators.sums import lazy_sum  # a sum is an operator too
 
-        return lazy_sum(self, other)
+        return lazy_sum(one, two)
 
     def __mul__(self, factor: float | Tensor) -> Operator:
         if isinstance(factor, Operator) or (isinstance(factor, Tensor) and factor.ndim):
             raise ArgumentError("an operator can be multiplied by a number or a 0-d tensor only; use @ for vectors")
-        return self.scaled(factor)
+        return self.scaled(factor.to(self.dtype) if isinstance(factor, Tensor) else factor)
 
     def __rmul__(self, factor: float | Tensor) -> Operator:
         return self * factor
+
+
+def is_matrix_free(node: object) -> bool:
+    """Whether a part of an operator is known by its products alone, which are computed in the dtype of a model."""
+    return isinstance(node, Operator) and node.model_dtype is not None
 
 
 def powers(eigenvalues: Tensor, exponent: float, *, damped: bool) -> Tensor:

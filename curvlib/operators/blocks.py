@@ -133,9 +133,9 @@ class BlockDiagonal(Operator):
         sums = {name: block + other.operators[name] for name, _, block in self.items()}
         return BlockDiagonal(sums, self.layouts, self.domain)
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
+    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
         parts = {}
         for name, _, block in self.items():
             with naming(name):
-                parts[name] = block.sample(generator, n)
+                parts[name] = block.draws(generator, n)
         return self.scatter(parts)

@@ -14,6 +14,7 @@ from curvlib.operators.kronecker_side import KroneckerSide
 from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
 from curvlib.operators.scaled_power import ScaledPower, as_matrix
 from curvlib.operators.sums import Sum
+from curvlib.operators.vectors import widest
 
 Weights = tuple[float | Tensor, float | Tensor]
 
@@ -38,14 +39,14 @@ def merge_factors(a: Operator, b: Operator, *, weights: Weights | None = None) -
         >>> cv.merge_factors(cv.Kronecker(two, two), cv.Kronecker(four, four)).trace()  # 3 * 2 * 3 * 2
         tensor(36.)
     """
-    return merge(a, b, (0.5, 0.5) if weights is None else weights)
+    return merge(a, b, (0.5, 0.5) if weights is None else weights).to(dtype=widest([a.dtype, b.dtype]))
 
 
-def ema(old: Operator, new: Operator, decay: float | Tensor) -> Operator:
+def ema(old: Operator | None, new: Operator, decay: float | Tensor) -> Operator:
     """Factor-wise exponential moving average: decay * old + (1 - decay) * new for every factor.
 
     Args:
-        old: the average so far.
+        old: the average so far; None: there is none yet, and the average of one estimate is the estimate.
         new: the latest estimate, of the same structure.
         decay: between 0 and 1.
 
@@ -60,7 +61,7 @@ def ema(old: Operator, new: Operator, decay: float | Tensor) -> Operator:
     """
     if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
         raise ArgumentError(f"decay must lie between 0 and 1, got {decay}")
-    return merge(old, new, (decay, 1 - decay))
+    return new if old is None else merge_factors(old, new, weights=(decay, 1 - decay))
 
 
 def merge(a: Operator, b: Operator, weights: Weights) -> Operator:

@@ -102,7 +102,10 @@ def as_damping(damping: Damping | float | Tensor) -> Damping:
 
 
 def shift(damping: Damping, mean_eigenvalue: Tensor) -> float | Tensor:
-    """The multiple of the identity that a block without sides is damped by."""
+    """The multiple of the identity that a block without sides is damped by; a tensor has the block's dtype."""
+    strength = damping.strength
+    if isinstance(strength, Tensor):
+        strength = strength.to(mean_eigenvalue.dtype)
     if isinstance(damping, Tikhonov) or (isinstance(damping, FactoredTikhonov) and not damping.relative):
-        return damping.strength
-    return damping.strength * mean_eigenvalue
+        return strength
+    return strength * mean_eigenvalue

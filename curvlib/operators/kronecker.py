@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from curvlib.errors import ShapeError
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import Basis
 from curvlib.operators.damping import Damping, FactoredTikhonov, as_damping, shift
 from curvlib.operators.matrices import Matrix, normal
+from curvlib.operators.vectors import check_shape
 from curvlib.pytree import register
 
 
@@ -36,12 +36,6 @@ class MatrixBlock(Operator):
     @property
     def parameters(self) -> Mapping[str, tuple[str, ...]]:
         return {"params": ("params",)}
-
-
-def check_shape(vectors: Tensor, leading: int, shape: tuple[int, ...]) -> None:
-    """Refuses a vector of another shape."""
-    if tuple(vectors.shape[leading:]) != shape:
-        raise ShapeError(f"expected a vector of shape {shape}, got {tuple(vectors.shape[leading:])}")
 
 
 @register
@@ -134,8 +128,8 @@ class Kronecker(MatrixBlock):
     def plus(self, other: Operator) -> Operator | None:
         return None
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
-        return self.eigen().sample(generator, n)
+    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
+        return self.eigen().draws(generator, n)
 
 
 @register
@@ -224,6 +218,6 @@ class EigenKronecker(MatrixBlock):
     def plus(self, other: Operator) -> Operator | None:
         return None
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
+    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
         root = self.spread(powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.values.shape))
         return self.synthesise(root * normal(root, generator, n))

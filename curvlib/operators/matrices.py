@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from curvlib.errors import ShapeError
 from curvlib.linalg.eigh import eigh
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import Basis, CanonicalBasis, OrthogonalBasis
 from curvlib.operators.damping import Damping, Tikhonov, as_damping, shift
+from curvlib.operators.vectors import check_shape
 from curvlib.pytree import register, static
 
 
@@ -62,8 +62,7 @@ class Matrix(Operator):
         return (self.shape,)
 
     def apply(self, vectors: Tensor, leading: int) -> Tensor:
-        if tuple(vectors.shape[leading:]) != self.shape:
-            raise ShapeError(f"expected a vector of shape {self.shape}, got {tuple(vectors.shape[leading:])}")
+        check_shape(vectors, leading, self.shape)
         return self.right(vectors.unsqueeze(-2)).squeeze(-2)
 
     def to_dense(self) -> Tensor:
@@ -83,7 +82,7 @@ class Matrix(Operator):
         eigen = self.eigen()
         return eigen.basis.spread(eigen.values)[..., : eigen.basis.width].reshape(-1)
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
+    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
         eigen = self.eigen()
         root = eigen.basis.spread(powers(eigen.values, 0.5, damped=False))
         return eigen.basis.synthesise_right((root * normal(root, generator, n)).unsqueeze(-2)).squeeze(-2)

@@ -19,6 +19,7 @@ from curvlib.operators.base import Operator
 from curvlib.operators.blocks import BlockDiagonal, Layouts
 from curvlib.operators.layout import Layout, Region
 from curvlib.operators.sketch import Compressor, Sides
+from curvlib.operators.vectors import cast, floating_dtype, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, register, static
 
 if TYPE_CHECKING:
@@ -52,9 +53,13 @@ class Projection:
     def __call__(self, v: Tree) -> dict[str, Tensor]:
         """{block: M_left V M_right^T [*, p, q]}, or {block: M v [p]} for a block without sides.
 
+        As for products with an operator, the result has the dtype of the vector (of per-example gradients, theirs).
+
         Raises:
             PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
+            DtypeError: a leaf is not of a floating dtype; names it.
         """
+        vector_leaves(v)
         leaves = self.domain.leaves(v)
         return {name: projected(self.sides[name], layout.gather(leaves), 0) for name, layout in self.layouts}
 
@@ -140,26 +145,32 @@ def projected_shape(sides: Sides, layout: Layout) -> tuple[int, ...]:
 
 
 def projected(sides: Sides, vectors: Tensor, leading: int) -> Tensor:
-    """The projections of a block's vectors [*lead, *shape]."""
+    """The projections of a block's vectors [*lead, *shape], in their dtype."""
+    dtype = vectors.dtype
+    vectors, sides = cast((vectors, sides), widest([dtype, *(side.dtype for side in sides)]))
     match sides:
         case (left, right, weights):
-            return weights * (left @ vectors @ right.mT)
+            return (weights * (left @ vectors @ right.mT)).to(dtype)
         case (left, right):
-            return left @ vectors @ right.mT
+            return (left @ vectors @ right.mT).to(dtype)
         case (rows,):
-            return vectors.flatten(leading) @ rows.flatten(1).mT if leading else rows.flatten(1) @ vectors.reshape(-1)
+            flat = rows.flatten(1)
+            return (vectors.flatten(leading) @ flat.mT if leading else flat @ vectors.reshape(-1)).to(dtype)
     raise AssertionError(f"a block has one to three tensors, not {len(sides)}")
 
 
 def of_rows(sides: Sides, gradients: BlockGradients) -> Tensor:
-    """The projections of a block's per-example gradients."""
+    """The projections of a block's per-example gradients, in their dtype."""
+    dtype = floating_dtype(gradients)
+    wide = widest([dtype, *(side.dtype for side in sides)])
+    gradients, sides = cast(gradients, wide), cast(sides, wide)
     match sides:
         case (left, right, weights):
-            return weights * gradients.projected(left, right)
+            return (weights * gradients.projected(left, right)).to(dtype)
         case (left, right):
-            return gradients.projected(left, right)
+            return gradients.projected(left, right).to(dtype)
         case (rows,):
-            return gradients.inner(rows).mT
+            return gradients.inner(rows).mT.to(dtype)
     raise AssertionError(f"a block has one to three tensors, not {len(sides)}")
 
 

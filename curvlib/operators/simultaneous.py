@@ -21,9 +21,10 @@ from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import CanonicalBasis, OrthogonalBasis
 from curvlib.operators.block_side import BlockBasis, Runs, block_runs_of, diagonal_blocks
 from curvlib.operators.damping import Damping
-from curvlib.operators.kronecker import EigenKronecker, Kronecker, check_shape
+from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.lazy import Lazy, dense_operator
 from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity, normal
+from curvlib.operators.vectors import check_shape
 from curvlib.pytree import Domain, register
 
 Columns = CanonicalBasis | OrthogonalBasis | BlockBasis  # of any invertible matrix: orthonormal or not
@@ -114,7 +115,7 @@ class SimultaneousKronecker(Lazy):
     def plus(self, other: Operator) -> Operator | None:
         return None
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tensor:
+    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
         root = powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.shape)
         return self.form().synthesise(root * normal(self.values, generator, n))
 

@@ -12,6 +12,7 @@ from curvlib.linalg.conjugate_gradient import conjugate_gradient
 from curvlib.operators.base import Operator, remembered
 from curvlib.operators.damping import Damping
 from curvlib.operators.lazy import Lazy, dense_operator, domain_of
+from curvlib.operators.vectors import at_least_single, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static, unflatten
 
 ELEMENTS_AT_ONCE = 1 << 26  # of vectors whose systems are solved together
@@ -50,7 +51,7 @@ class SolvedInverse(Lazy):
         return domain_of(self.operator)
 
     def apply(self, vectors: Tree, leading: int) -> Tree:
-        eps = torch.finfo(flatten(vectors)[0][0].dtype).eps
+        eps = torch.finfo(at_least_single(flatten(vectors)[0][0].dtype)).eps
         try:
             return solutions(
                 self.operator,
@@ -95,8 +96,8 @@ class SolvedInverse(Lazy):
     def plus(self, other: Operator) -> Operator | None:
         return None
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
-        return self.dense().sample(generator, n)
+    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+        return self.dense().draws(generator, n)
 
 
 def solutions(
@@ -110,7 +111,8 @@ def solutions(
 ) -> Tree:
     """Solves operator x = v for vectors with leading axes, by conjugate gradients, many of them at a time.
 
-    Each system is iterated until its own relative residual is at the tolerance.
+    Each system is iterated until its own relative residual is at the tolerance, in the widest of the dtypes of the
+    operator and the vectors, and in float32 at least.
 
     Raises:
         ConvergenceError: the tolerance was not reached.
@@ -124,16 +126,19 @@ def solutions(
     leaves, structure = flatten(vectors)
     number, shapes = leaves[0].shape[:leading].numel(), [leaf.shape[leading:] for leaf in leaves]
     widths = [shape.numel() for shape in shapes]
+    dtype = at_least_single(widest([operator.dtype, *(leaf.dtype for leaf in vector_leaves(vectors))]))
 
     def on_rows(operator: Operator) -> Callable[[Tensor], Tensor]:
+        operator = operator.widened(widest([dtype, operator.dtype]))
+
         def product(stack: Tensor) -> Tensor:
             parts = [x.reshape(-1, *shape) for x, shape in zip(stack.split(widths, 1), shapes, strict=True)]
-            images = flatten(operator.apply(unflatten(structure, parts), 1))[0]
+            images = flatten(operator.matmat(unflatten(structure, parts)))[0]
             return torch.cat([x.reshape(len(stack), width) for x, width in zip(images, widths, strict=True)], 1)
 
         return product
 
-    rows = torch.cat([leaf.reshape(number, width) for leaf, width in zip(leaves, widths, strict=True)], 1)
+    rows = torch.cat([leaf.reshape(number, width) for leaf, width in zip(leaves, widths, strict=True)], 1).to(dtype)
     solved = [
         conjugate_gradient(
             on_rows(operator),
@@ -146,4 +151,4 @@ def solutions(
         for part in rows.split(max(1, ELEMENTS_AT_ONCE // max(1, sum(widths))))
     ]
     columns = zip(torch.cat(solved).split(widths, 1), leaves, strict=True)
-    return unflatten(structure, [column.reshape(leaf.shape) for column, leaf in columns])
+    return unflatten(structure, [column.reshape(leaf.shape).to(leaf.dtype) for column, leaf in columns])

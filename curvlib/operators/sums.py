@@ -106,10 +106,10 @@ class Sum(Lazy):
     def plus(self, other: Operator) -> Operator | None:
         return None
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
-        total = self.terms[0].sample(generator, n)
+    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+        total = self.terms[0].draws(generator, n)
         for term in self.terms[1:]:
-            total = add(total, term.sample(generator, n))
+            total = add(total, term.draws(generator, n))
         return total
 
 
@@ -172,8 +172,8 @@ class DampedSum(Lazy):
     def plus(self, other: Operator) -> Operator | None:
         return (self.total + other).damp(Tikhonov(self.shift))
 
-    def sample(self, generator: torch.Generator, n: int | None = None) -> Tree:
-        draws = self.total.sample(generator, n)
+    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+        draws = self.total.draws(generator, n)
         return tree_map(lambda x: x + self.shift.sqrt() * normal(x, generator, None), draws)
 
 

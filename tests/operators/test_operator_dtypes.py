@@ -1,0 +1,292 @@
+"""One rule for dtypes: computed in the widest one, returned in the vector's, leaf by leaf."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import curvlib as cv
+from curvlib.errors import ArgumentError, DtypeError
+from curvlib.operators import (
+    Dense,
+    Diagonal,
+    EigenSketch,
+    Kronecker,
+    KroneckerSide,
+    LowRank,
+    Operator,
+    ScaledIdentity,
+    ScaledPower,
+    Sum,
+)
+from tests.operators.domain_cases import flat
+from tests.operators.operator_cases import (
+    KINDS,
+    TENSORS,
+    Case,
+    Random,
+    cases,
+    every_kind,
+    generator,
+    moderately,
+    tensor_case,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+dtypes = st.sampled_from(DTYPES)
+pairs = st.sampled_from(list(itertools.product(DTYPES, DTYPES)))
+
+
+def wide_case(kind: str, seed: int) -> Case:
+    """Operators that `operator_cases` has no kind for."""
+    random = Random(generator(seed))
+    low_rank = LowRank(random.orthogonal(5)[:, :2], random.positive(2), random.positive(1)[0])
+    match kind:
+        case "low rank":
+            operator: Operator = low_rank
+        case "low-rank side":
+            operator = Kronecker(Dense(random.definite(3)), low_rank)
+        case "eigen with a low-rank side":
+            operator = Kronecker(Dense(random.definite(3)), low_rank).damp(0.3)
+        case "kronecker side":
+            sides = Dense(random.definite(2)), Diagonal(random.positive(3))
+            operator = Kronecker(Dense(random.definite(3)), KroneckerSide(sides))
+        case _:
+            power = ScaledPower(Dense(random.definite(4)), random.positive(1)[0], 0.5)
+            operator = Kronecker(power, ScaledIdentity(random.positive(1)[0], (3,)))
+    return tensor_case((operator, operator.to_dense(), None))
+
+
+WIDE = ("low rank", "low-rank side", "eigen with a low-rank side", "kronecker side", "scaled power")
+every_kind_at_all = pytest.mark.parametrize("kind", (*KINDS, *WIDE))
+MADE: dict[str, Callable[[Operator], Operator]] = {
+    "itself": lambda operator: operator,
+    "scaled": lambda operator: 2.0 * operator,
+    "damped": lambda operator: operator.damp(0.3),
+    "inverse": lambda operator: operator.inverse(0.3),
+    "factored inverse": lambda operator: operator.inverse(cv.FactoredTikhonov(0.3)),
+    "inverse root": lambda operator: operator.power(-0.5, 0.3),
+    "sum": lambda operator: operator + operator,
+    "damped sum": lambda operator: (operator + 2.0 * operator).damp(0.3),
+    "inverse of a sum": lambda operator: (operator + 2.0 * operator).inverse(0.3),
+}
+
+
+@st.composite
+def any_case(draw: Callable, kind: str) -> Case:
+    return wide_case(kind, draw(st.integers(0, 2**31))) if kind in WIDE else draw(cases(kind))
+
+
+def cast(vector: object, dtype: torch.dtype) -> object:
+    return optree.tree_map(lambda leaf: leaf.to(dtype), vector)
+
+
+def leaf_dtypes(vector: object) -> list[torch.dtype]:
+    return [leaf.dtype for leaf in optree.tree_leaves(vector)]
+
+
+def assert_bitwise(actual: object, expected: object) -> None:
+    for one, two in zip(optree.tree_leaves(actual), optree.tree_leaves(expected), strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+
+
+def in_double(operator: Operator) -> Tensor:
+    """The matrix of an operator whose numbers are those of a narrower one."""
+    return operator.to(dtype=torch.float64).to_dense()
+
+
+@every_kind_at_all
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+@moderately
+@given(data=st.data(), pair=pairs)
+def test_products_are_computed_in_the_wider_dtype_and_returned_in_the_vectors(
+    kind: str, made: Callable[[Operator], Operator], data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    case = data.draw(any_case(kind))
+    operator = made(case.operator.to(dtype=pair[0]))
+    wide = torch.promote_types(operator.dtype, pair[1])
+    v, stacked = cast(case.vector(), pair[1]), cast(case.vector(1, stacked=3), pair[1])
+    widened = operator.to(dtype=wide)
+    assert_bitwise(operator @ v, cast(widened @ cast(v, wide), pair[1]))
+    assert_bitwise(operator.matvec(v), operator @ v)
+    assert_bitwise(operator.matmat(stacked), cast(widened.matmat(cast(stacked, wide)), pair[1]))
+    assert operator.quadratic(v).dtype == wide
+    assert torch.equal(operator.quadratic(v), widened.quadratic(cast(v, wide)))
+
+
+@every_kind_at_all
+@moderately
+@given(data=st.data(), pair=pairs)
+def test_products_are_right_to_the_rounding_of_the_wider_dtype(
+    kind: str, data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    case = data.draw(any_case(kind))
+    operator = case.operator.to(dtype=pair[0])
+    v = cast(case.vector(), pair[1])
+    exact = in_double(operator) @ flat(v).double()
+    eps = torch.finfo(pair[1]).eps + 8 * torch.finfo(torch.promote_types(*pair)).eps
+    error = float((flat(operator @ v).double() - exact).norm())
+    condition = float(torch.linalg.cond(case.dense))
+    bound = case.tolerance + eps * (8 * condition if kind == "solved inverse" else 2)
+    assert error <= bound * float(in_double(operator).norm() * flat(v).double().norm())
+
+
+@pytest.mark.parametrize("kind", ["block diagonal", "sum of block diagonals"])
+@moderately
+@given(data=st.data(), dtype=dtypes)
+def test_each_leaf_comes_back_in_its_own_dtype(kind: str, data: st.DataObject, dtype: torch.dtype) -> None:
+    case = data.draw(cases(kind))
+    operator = case.operator.to(dtype=dtype)
+    own = [data.draw(dtypes) for _ in operator.shapes]
+    leaves, structure = optree.tree_flatten(case.vector())
+    v = structure.unflatten([leaf.to(d) for leaf, d in zip(leaves, own, strict=True)])
+    wide = cv.operators.vectors.widest([dtype, *own])
+    image = operator @ v
+    assert leaf_dtypes(image) == own
+    whole = optree.tree_leaves(operator.to(dtype=wide) @ cast(v, wide))
+    assert_bitwise(image, structure.unflatten([leaf.to(d) for leaf, d in zip(whole, own, strict=True)]))
+    inverse = operator.inverse(0.3)
+    assert leaf_dtypes(inverse @ v) == own
+    assert operator.quadratic(v).dtype == wide
+
+
+@every_kind_at_all
+@every_dtype
+@moderately
+@given(data=st.data())
+def test_what_needs_no_vector_has_the_operators_dtype(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    operator = data.draw(any_case(kind)).operator.to(dtype=dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    assert operator.dtype == dtype
+    assert leaf_dtypes(operator.sample(generator(0))) == [dtype] * len(operator.shapes)
+    assert leaf_dtypes(operator.sample(generator(0), n=2)) == [dtype] * len(operator.shapes)
+    assert operator.eigenvalues().dtype == operator.logdet().dtype == precise
+    assert operator.inverse(0.3).dtype == operator.power(0.5).dtype == precise
+    assert operator.inverse(0.3).to_dense().dtype == precise
+    if kind != "solved inverse":
+        assert leaf_dtypes(operator.diag()) == [dtype] * len(operator.shapes)
+        assert operator.to_dense().dtype == operator.trace().dtype == dtype
+        error = (operator.trace().double() - in_double(operator).trace()).abs()
+        assert float(error) <= 32 * torch.finfo(dtype).eps * float(in_double(operator).trace())
+
+
+@every_kind_at_all
+@every_dtype
+@moderately
+@given(data=st.data(), factor=dtypes)
+def test_numbers_do_not_change_the_dtype(
+    kind: str, dtype: torch.dtype, data: st.DataObject, factor: torch.dtype
+) -> None:
+    operator = data.draw(any_case(kind)).operator.to(dtype=dtype)
+    number = torch.tensor(0.5, dtype=factor)
+    precise = torch.promote_types(dtype, torch.float32)
+    assert (number * operator).dtypes == (0.5 * operator).dtypes == {dtype}
+    assert operator.inverse(number).dtypes == operator.inverse(cv.RelativeTikhonov(number)).dtypes == {precise}
+
+
+@every_kind_at_all
+@moderately
+@given(data=st.data(), pair=pairs)
+def test_sums_are_in_the_wider_dtype(
+    kind: str, data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    operator = data.draw(any_case(kind)).operator
+    one, two = (operator.to(dtype=dtype) for dtype in pair)
+    wide = torch.promote_types(*pair)
+    total = one + two
+    assert total.dtypes == {wide}
+    assert (two + one).dtypes == {wide}
+    assert total.inverse(0.3).dtypes == {torch.promote_types(wide, torch.float32)}
+    if wide == torch.float64 and kind != "solved inverse":
+        assert torch.equal(total.to_dense(), (one.to(dtype=wide) + two.to(dtype=wide)).to_dense())
+
+
+@pytest.mark.parametrize("kind", [*TENSORS, "block diagonal"])
+@moderately
+@given(data=st.data(), pair=pairs)
+def test_factors_are_merged_in_the_wider_dtype(
+    kind: str, data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    mergeable = kind not in ("eigen", "canonical eigen", "block eigen", "eigen kronecker")
+    if not mergeable:
+        return
+    operator = data.draw(cases(kind, mergeable=True)).operator
+    one, two = (operator.to(dtype=dtype) for dtype in pair)
+    decay = torch.tensor(0.9, dtype=torch.float64)
+    for merged in (cv.merge_factors(one, two), cv.ema(one, two, 0.9), cv.ema(one, two, decay)):
+        assert merged.dtypes == {torch.promote_types(*pair)}
+
+
+@pytest.mark.parametrize("pair", itertools.product(DTYPES, DTYPES), ids=str)
+def test_sides_of_two_dtypes_are_multiplied_in_the_wider(pair: tuple[torch.dtype, torch.dtype]) -> None:
+    random = Random(generator(0))
+    left, right = random.definite(3), random.definite(2)
+    operator = Kronecker(Dense(left.to(pair[0])), Dense(right.to(pair[1])))
+    wide = torch.promote_types(*pair)
+    whole = Kronecker(Dense(left.to(pair[0]).to(wide)), Dense(right.to(pair[1]).to(wide)))
+    for dtype in DTYPES:
+        v = random.normal(3, 2).to(dtype)
+        assert torch.equal(operator @ v, whole @ v)
+        assert torch.equal(operator.inverse(0.1) @ v, whole.inverse(0.1) @ v)
+    assert operator.eigenvalues().dtype == torch.promote_types(wide, torch.float32)
+
+
+@every_kind
+@moderately
+@given(data=st.data(), pair=pairs)
+def test_projections_are_in_the_dtype_of_the_vector(
+    kind: str, data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    case = data.draw(cases(kind))
+    operator = case.operator.to(dtype=pair[0])
+    if isinstance(operator, Sum) or "sum" in kind or "solved" in kind:
+        operator = Diagonal(case.dense.diagonal().to(pair[0]))
+    v = cast(case.vector() if operator.shapes == case.operator.shapes else flat(case.vector()), pair[1])
+    try:
+        projection = operator.project(EigenSketch(rank=2))
+    except cv.errors.NotKroneckerError:  # a block of the curvature is a sum
+        return
+    images = projection(v)
+    assert {image.dtype for image in images.values()} == {pair[1]}
+    wide = torch.promote_types(torch.promote_types(pair[0], torch.float32), pair[1])
+    whole = operator.to(dtype=wide).project(EigenSketch(rank=2)) if pair[0] != wide else projection
+    if whole is projection:
+        for name, image in whole(cast(v, wide)).items():
+            assert torch.equal(images[name], image.to(pair[1]))
+
+
+@every_kind_at_all
+@moderately
+@given(data=st.data())
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_vectors_of_other_dtypes_are_refused(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    case = data.draw(any_case(kind))
+    v = cast(case.vector(), dtype)
+    stacked = cast(case.vector(stacked=2), dtype)
+    for multiply in (
+        lambda: case.operator @ v,
+        lambda: case.operator.matvec(v),
+        lambda: case.operator.matmat(stacked),
+        lambda: case.operator.quadratic(v),
+    ):
+        with pytest.raises(DtypeError, match=f"leaf '.*' of the vector has dtype {dtype}"):
+            multiply()
+
+
+@pytest.mark.parametrize("given", [3, None, 0.5, torch.tensor(3)], ids=repr)
+@every_kind_at_all
+@moderately
+@given(data=st.data())
+def test_a_sample_needs_a_generator(kind: str, given: object, data: st.DataObject) -> None:
+    operator = data.draw(any_case(kind)).operator
+    with pytest.raises(ArgumentError, match=r"sample\(generator, n=3\)"):
+        operator.sample(given)
