@@ -19,7 +19,6 @@ from curvlib.layers.base import KroneckerLayer, Layer, positions_that_count, sec
 from curvlib.layers.rows import DenseRows, Rows, chunks, groups_first, sum_of_squares, summed
 from curvlib.layers.wide import Moment as WideMoment
 from curvlib.layers.wide import Wide
-from curvlib.linalg.gram import full_precision
 from curvlib.linalg.row_space import row_space
 from curvlib.operators import LowRank, LowRankBasis
 from curvlib.operators.bases import Basis
@@ -127,7 +126,7 @@ class MomentCollector(Collector):
         self.release(block)
         if block.name in self.totals:
             return self.totals[block.name]
-        return Totals(self.moment.zero(block, full_precision(run.outputs)))
+        return Totals(self.moment.zero(block, run.outputs.new_zeros((), dtype=self.now.dtype)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,10 +34,9 @@ from curvlib.estimators.factors import UseSums, added, assemble, check_finite, k
 from curvlib.estimators.gradients import spread
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import measure_all
+from curvlib.estimators.statistics import curvature_dtype, measure_all
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
-from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import (
     BlockDiagonal,
@@ -149,7 +148,7 @@ def corrected_in_one_pass(
         )
         moment = EigenSquares({block.name: (left, right)}, positionwise=correction == "position")
         found = [moment.of(block, uses)[0] for uses in sums.stacks]
-        values = summed(found) if found else moment.zero(block, full_precision(statistics.normalizer))[0]
+        values = summed(found) if found else moment.zero(block, statistics.normalizer)[0]
         values = torch.nn.functional.pad(values, (0, int(spanned[1]), 0, int(spanned[0])))
         return EigenKronecker(*bases, values / statistics.divisor(options))
 
@@ -202,6 +201,7 @@ def eigenvalue_correct(
     """
     check_gradients(fisher, correction)
     options = Options(loss, fisher, "expand", mc_samples, "diagonal", "sum", WideDiagonal(), engine)
+    curv = curv.widened(curvature_dtype(params))
     bases: dict[str, Bases] = {}
     for name, block in curv.blocks.items():
         if isinstance(block, (Kronecker, EigenKronecker, Sum)):

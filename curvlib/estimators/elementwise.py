@@ -67,7 +67,7 @@ class ElementwiseCollector(Collector):
             self.add(block, leaves)
         if block.name in self.moments:
             return self.moments[block.name]
-        like, width = full_precision(run.outputs), block.layout.numel
+        like, width = run.outputs.new_empty((), dtype=self.now.dtype), block.layout.numel
         dense = self.now.options.elementwise == "dense"
         return self.now.options.wide.zero((), width, like) if dense else like.new_zeros(width)
 

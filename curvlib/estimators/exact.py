@@ -66,6 +66,9 @@ class MatrixFree(Implicit):
     def model_dtype(self) -> torch.dtype:
         return at_least_single(widest(x.dtype for x in flatten(self.params)[0]))
 
+    def cast(self, dtype: torch.dtype) -> MatrixFree:
+        return self
+
     @property
     def like(self) -> Tensor:
         return flatten(self.params)[0][0].to(self.model_dtype)

@@ -100,8 +100,8 @@ class FactorCollector(Collector):
             layer = self.now.plan.sites[placement.site].layers[placement.layer]
             assert isinstance(layer, KroneckerLayer)
             *groups, width, _ = layer.weight.shape
-            outputs = self.now.options.wide.zero(tuple(groups), width, full_precision(run.outputs))
-        return FactorSums(inputs.to(full_precision(run.outputs).dtype), rows, outputs)
+            outputs = self.now.options.wide.zero(tuple(groups), width, run.outputs.new_zeros((), dtype=self.now.dtype))
+        return FactorSums(inputs.to(self.now.dtype), rows, outputs)
 
 
 def assemble(statistics: Statistics, domain: Domain, make: Callable[[Block, Any], Operator]) -> BlockDiagonal:
@@ -192,7 +192,7 @@ def output_side(block: Block, placement: Placement, use: FactorSums, divisor: Te
     *groups, rows, columns = block.layout.shape
     if use.outputs is not None:
         return as_side(divide(use.outputs, divisor), len(groups))
-    return ScaledIdentity((1 / divisor).to(full_precision(divisor).dtype), (columns if placement.transposed else rows,))
+    return ScaledIdentity(1 / divisor, (columns if placement.transposed else rows,))
 
 
 def check_finite(block: Operator) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from curvlib.errors import ArgumentError, naming
 from curvlib.layers.wide import Wide, WideDiagonal, announce, as_side
-from curvlib.linalg.gram import full_precision
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
 from curvlib.linalg.middle_gram import middle_gram
 from curvlib.operators import (
@@ -36,6 +35,7 @@ from curvlib.operators import (
     ScaledPower,
 )
 from curvlib.operators.block_side import cut_columns
+from curvlib.operators.vectors import at_least_single, widest
 from curvlib.pytree import Domain, Tree
 
 Number = float | Tensor
@@ -191,8 +191,9 @@ def begin(
     if elementwise not in ("diagonal", "dense"):
         raise ArgumentError(f"elementwise must be one of diagonal, dense, got {elementwise!r}")
     blocks: dict[str, Operator] = {}
+    dtype = at_least_single(widest(leaf.dtype for leaf in leaves))
     for place in places:
-        gradient = full_precision(place.layout.gather(leaves))
+        gradient = place.layout.gather(leaves).to(dtype)
         with naming(place.name):
             if place.widths:
                 gradient = gradient.reshape(*gradient.shape[:-2], *place.widths)
@@ -248,10 +249,12 @@ def step(curv: BlockDiagonal, grads: Tree, decay: Number | None, advance: Advanc
         PytreeError, ShapeError: the gradient is not a vector of the curvature's domain; names the leaf.
     """
     old, new = weights(decay)
+    dtype = at_least_single(curv.dtype)
+    curv = curv if curv.dtypes == {dtype} else curv.to(dtype=dtype)
     blocks: dict[str, Operator] = {}
     gradients = curv.gather(grads, 0)
     for name, _, block in curv.items():
-        gradient = full_precision(gradients[name])
+        gradient = gradients[name].to(dtype)
         with naming(name):
             match block:
                 case Matrix():

@@ -31,7 +31,6 @@ from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide
 from curvlib.linalg.eager import differentiable, is_eager, ordinary, uncompiled
-from curvlib.linalg.gram import full_precision
 from curvlib.losses import Loss
 from curvlib.operators import BlockDiagonal
 from curvlib.pytree import Domain, Tree, flatten
@@ -270,7 +269,7 @@ class OneBatch(Observations):
         for name in names:
             with naming(name):
                 parts = [moment.of(self.blocks[name], uses)[0] for uses in sums[name].stacks]
-                like = full_precision(self.statistics.normalizer)
+                like = self.statistics.normalizer
                 result[name] = summed(parts) if parts else moment.zero(self.blocks[name], like)[0]
         return result
 

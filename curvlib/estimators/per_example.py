@@ -29,7 +29,7 @@ from curvlib.estimators.block_gradients import (
 from curvlib.estimators.correction import Use
 from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.row_owners import pull_with_owners
-from curvlib.estimators.statistics import require_examples
+from curvlib.estimators.statistics import as_wide_as, curvature_dtype, require_examples
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import differentiable, ordinary
@@ -138,17 +138,18 @@ def example_gradients(
     params, (inputs, targets) = ordinary((params, pair))
     plan = make_plan(model_fn, params, inputs) if plan is None else plan
     require_examples(plan)
-    examples = examples_in(inputs)
+    examples, dtype = examples_in(inputs), curvature_dtype(params)
     loss.check(torch.empty(plan.output_shape(examples), device="meta"), targets)
     uses: dict[Place, Use] = {}
     elementwise: dict[Place, list[tuple[Region, Tensor]]] = {}
     transposed = {(p.site, p.layer): p.transposed for block in plan.blocks for p in block.placements}
 
     def record(number: int, operand: Tensor | None, z: Tensor) -> list[Any]:
+        operand = None if operand is None else as_wide_as(dtype, operand)
         return [kept(layer, operand, examples) for layer in plan.sites[number].layers]
 
     def consume(number: int, recorded: Any, g: Tensor) -> None:
-        g = full_precision(g)
+        g = full_precision(as_wide_as(dtype, g))
         for index, (layer, part) in enumerate(zip(plan.sites[number].layers, recorded, strict=True)):
             if isinstance(layer, KroneckerLayer):
                 rows, extra = part
@@ -169,7 +170,7 @@ def example_gradients(
         elif rows:
             blocks[block.name] = ElementwiseGradients.of(rows, block.layout)
         else:  # the block does not reach the outputs
-            zero = full_precision(run.outputs).new_zeros(())
+            zero = run.outputs.new_zeros((), dtype=dtype)
             blocks[block.name] = DenseGradients(zero.expand(examples, *block.layout.shape))
     layouts = tuple((block.name, block.layout) for block in plan.blocks)
     return ExampleGradients(blocks, layouts, plan.domain, examples)

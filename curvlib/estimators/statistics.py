@@ -24,6 +24,7 @@ from curvlib.estimators.options import Options
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.linalg.eager import differentiable, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
+from curvlib.operators.vectors import at_least_single, widest
 from curvlib.pytree import Tree, flatten
 
 
@@ -42,6 +43,7 @@ class Pass:
     options: Options
     examples: int
     mask: Tensor | None
+    dtype: torch.dtype
 
 
 class Collector(ABC):
@@ -137,7 +139,8 @@ def measure(
     if mask is not None and (plan.routes or may_look_at(mask)) and mask.all():  # choosing rows waits for a device too
         mask = None
     check_routing(plan, options, mask)
-    kronecker, elementwise = collectors(Pass(plan, options, examples, mask))
+    dtype = curvature_dtype(params)
+    kronecker, elementwise = collectors(Pass(plan, options, examples, mask, dtype))
     single = [collector.needs_examples for collector in (kronecker, elementwise) if collector is not None]
     check_examples(plan, options, mask, needed=single[0])
     chosen = {
@@ -150,6 +153,7 @@ def measure(
 
     def record(number: int, operand: Tensor | None, z: Tensor) -> list[Any]:
         missing.discard(number)
+        operand, z = None if operand is None else as_wide_as(dtype, operand), as_wide_as(dtype, z)
         kept: list[Any] = []
         for index, layer in enumerate(plan.sites[number].layers):
             placement, collector = chosen[number, index]
@@ -161,7 +165,7 @@ def measure(
             placement, collector = chosen[number, index]
             if collector is not None:
                 with blamed(plan, number):
-                    collector.consume(placement, layer, kept[index], full_precision(g))
+                    collector.consume(placement, layer, kept[index], full_precision(as_wide_as(dtype, g)))
 
     run = execute(plan, model_fn, params, inputs, record, options.engine)
     for number in sorted(missing):
@@ -171,7 +175,17 @@ def measure(
     count = loss.positions if options.fisher == "forward-only" else loss.normalizer
     found = [(block, kronecker if block.kronecker else elementwise) for block in plan.blocks]
     sums = tuple(None if collector is None else collector.sums(block, run) for block, collector in found)
-    return Statistics(plan.blocks, sums, count(run.outputs, targets), examples)
+    return Statistics(plan.blocks, sums, count(run.outputs, targets).to(dtype), examples)
+
+
+def curvature_dtype(params: Tree) -> torch.dtype:
+    """The dtype of a curvature: the widest of its parameters, and float32 at least; layers may compute in others."""
+    return at_least_single(widest(leaf.dtype for leaf in flatten(params)[0]))
+
+
+def as_wide_as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """What flows through a layer in the dtype of the curvature; half precision is widened where it is used."""
+    return tensor if not tensor.is_floating_point() or at_least_single(tensor.dtype) == dtype else tensor.to(dtype)
 
 
 def check_examples(plan: Plan, options: Options, mask: Tensor | None, *, needed: bool) -> None:

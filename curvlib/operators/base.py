@@ -117,6 +117,10 @@ class Operator(LinearMap):
         """Of an operator whose tensors are parameters and data: the dtype that products with the model have."""
         return None
 
+    def cast(self, dtype: torch.dtype) -> Operator | None:
+        """The operator in another dtype, where that is not the same with its tensors cast; None: it is."""
+        return None
+
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
         """The floating dtypes of its tensors, and those of the models of matrix-free parts."""
@@ -129,16 +133,24 @@ class Operator(LinearMap):
         """What it computes in: the widest dtype of its tensors; of a matrix-free operator, that of its model."""
         return widest(self.dtypes)
 
-    def widened(self, dtype: torch.dtype) -> Operator:
+    def widened(self, dtype: torch.dtype) -> Self:
         """The same operator in another dtype but for its matrix-free parts, which compute in that of their model."""
         if self.dtypes == {dtype}:
             return self
-        leaves, structure = torch_pytree.tree_flatten(self, is_leaf=is_matrix_free)
-        cast = [x if isinstance(x, Operator) else x.to(dtype) for x in leaves]
-        operator: Operator = torch_pytree.tree_unflatten(cast, structure)
+        found: dict[int, Operator] = {}
+
+        def cast_as_a_whole(node: object) -> bool:
+            whole = node.cast(dtype) if isinstance(node, Operator) else None
+            if whole is not None:
+                found[id(node)] = whole
+            return whole is not None
+
+        leaves, structure = torch_pytree.tree_flatten(self, is_leaf=cast_as_a_whole)
+        cast = [found[id(x)] if isinstance(x, Operator) else x.to(dtype) for x in leaves]
+        operator: Self = torch_pytree.tree_unflatten(cast, structure)
         return operator
 
-    def in_one_dtype(self, vectors: Tree) -> tuple[Operator, Tree]:
+    def in_one_dtype(self, vectors: Tree) -> tuple[Self, Tree]:
         """The operator and vectors in the widest of their dtypes.
 
         Raises:
@@ -174,7 +186,7 @@ class Operator(LinearMap):
         operator, wide = self.in_one_dtype(v)
         return inner(wide, operator.apply(wide, 0))
 
-    def precise(self) -> Operator:
+    def precise(self) -> Self:
         """The operator in float32 at least, as eigenvalues and powers are computed."""
         return self.widened(at_least_single(self.dtype))
 

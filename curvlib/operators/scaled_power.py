@@ -45,6 +45,12 @@ class ScaledPower(Matrix):
     scale: Tensor
     exponent: float = static()
 
+    def cast(self, dtype: torch.dtype) -> ScaledPower | None:
+        # what is rounding in M is known in its own dtype only: a root in a wider one would meet negative eigenvalues
+        if self.exponent == 1:
+            return None
+        return ScaledPower(self.base.eigen().widened(dtype), self.scale.to(dtype), self.exponent)
+
     @remembered
     def powered(self) -> Matrix:
         """M^p.
@@ -52,7 +58,10 @@ class ScaledPower(Matrix):
         Raises:
             SingularError: p needs positive eigenvalues, and M has others.
         """
-        return self.base if self.exponent == 1 else as_matrix(self.base.raised(self.exponent, damped=False))
+        if self.exponent == 1:
+            return self.base
+        power = self.base.raised(self.exponent, damped=False)
+        return as_matrix(power.widened(self.base.dtype))  # half precision has been decomposed in float32
 
     @property
     def shape(self) -> tuple[int, ...]:
