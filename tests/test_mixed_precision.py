@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlib as cv
+from curvlib.estimators.per_example import example_gradients
 from curvlib.operators import Operator
 from curvlib.pytree import flatten
 
@@ -163,3 +164,146 @@ ROUNDED: dict[str, Callable[..., Operator]] = {
     "fisher": lambda *problem: cv.fisher(*problem, kind="empirical", **mean),
     "hessian": lambda *problem: cv.hessian(*problem, **mean),
 }
+
+
+@every_case
+@pytest.mark.parametrize("estimator", EXACT)
+def test_where_nothing_is_rounded_the_numbers_are_those_of_the_model_in_float64(name: str, estimator: str) -> None:
+    problem = Problem.of(name, exact=True)
+    curv, twin = (EXACT[estimator](*p) for p in (problem.model, problem.twin))
+    assert curv.dtypes == {problem.dtype}
+    assert torch.equal(curv.to_dense().double(), twin.to_dense())
+
+
+@every_case
+@pytest.mark.parametrize("estimator", ROUNDED)
+def test_numbers_are_those_of_the_model_in_float64_up_to_rounding(name: str, estimator: str) -> None:
+    problem = Problem.of(name, exact=False)
+    curv, twin = (ROUNDED[estimator](*p) for p in (problem.model, problem.twin))
+    assert curv.dtypes == {problem.dtype}
+    if "shampoo" in estimator and estimator != "kl_shampoo":  # the root of few gradients is less well determined
+        curv, twin = curv.power(2), twin.power(2)
+    tolerance = 10 * problem.eps
+    if estimator == "kl_shampoo":  # its fixed point is iterated to the root of a dtype's precision
+        tolerance = max(tolerance, 0.03)
+    expected = twin.to_dense()
+    assert float((curv.to_dense().double() - expected).norm()) <= tolerance * float(expected.norm())
+
+
+@every_case
+@pytest.mark.parametrize("estimator", ROUNDED)
+def test_products_and_steps_come_back_in_the_dtypes_of_the_parameters(name: str, estimator: str) -> None:
+    problem = Problem.of(name, exact=False)
+    params = problem.model[1]
+    curv = ROUNDED[estimator](*problem.model)
+    scale = float(curv.frobenius_norm())
+    damped = curv.damp(2 * scale)  # the Hessian is indefinite
+    images = [curv @ params, (curv + curv) @ params, damped @ params]
+    if estimator not in ("ggn", "fisher", "hessian"):
+        images += [curv.inverse(2 * scale) @ params, curv.power(-0.5, 2 * scale) @ params]
+        images += [(curv + curv.scaled(0.5)).inverse(2 * scale) @ params]
+    for image in images:
+        assert {key: leaf.dtype for key, leaf in image.items()} == {key: leaf.dtype for key, leaf in params.items()}
+        assert all(bool(leaf.isfinite().all()) for leaf in image.values())
+    assert curv.quadratic(params).dtype == problem.dtype
+    assert damped.dtypes == {problem.dtype}
+
+
+@every_case
+def test_per_example_gradients_and_projections_are_those_of_the_model_in_float64(name: str) -> None:
+    problem = Problem.of(name, exact=True)
+    found, twin = (example_gradients(*p, **sums) for p in (problem.model, problem.twin))
+    expected = twin.tree(0, 16)
+    for key, leaf in found.tree(0, 16).items():
+        assert leaf.dtype == problem.dtype
+        assert torch.equal(leaf.double(), expected[key])
+    curvs = [cv.kfac(*p, fisher="type-2", **sums) for p in (problem.model, problem.twin)]
+    roots = [curv.power(-0.5, cv.FactoredTikhonov(0.1)) for curv in curvs]
+    sketches = [cv.sketch(p[1], rank=2) for p in (problem.model, problem.twin)]
+    one, two = (
+        root.project(sketch).per_example(*p, **sums)
+        for root, sketch, p in zip(roots, sketches, (problem.model, problem.twin), strict=True)
+    )
+    for block, image in one.items():
+        assert image.dtype == problem.dtype
+        assert float((image.double() - two[block]).norm()) <= 1e-4 * float(two[block].norm())
+
+
+def test_a_curvature_of_another_dtype_is_corrected_in_that_of_the_parameters() -> None:
+    problem = Problem.of("bfloat16", exact=False)
+    factors = cv.kfac(*problem.model, fisher="type-2", **mean)
+    expected = cv.eigenvalue_correct(factors, *problem.model, fisher="type-2", **mean).to_dense()
+    for dtype in (DOUBLE, SINGLE):
+        curv = cv.eigenvalue_correct(factors.to(dtype=dtype), *problem.model, fisher="type-2", **mean)
+        assert curv.dtypes == {SINGLE}
+        assert float((curv.to_dense() - expected).norm()) <= 1e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("name", ["autocast", "double layer", "bfloat16, double outputs", "single, double outputs"])
+def test_batches_add_up_in_one_dtype(name: str) -> None:
+    problem = Problem.of(name, exact=True)
+    model_fn, params, (x, y) = problem.model
+    loader = [(x[:8], y[:8]), (x[8:], y[8:])]
+    for estimator in ("kfac", "diagonal", "ggn"):
+        curv = EXACT[estimator](model_fn, params, cv.over(loader))
+        assert curv.dtypes == {problem.dtype}
+        assert torch.equal(curv.to_dense().double(), EXACT[estimator](*problem.twin).to_dense())
+    for estimator in ("ekfac in two passes", "tkfac", "shampoo", "dykaf"):
+        assert ROUNDED[estimator](model_fn, params, cv.over(loader)).dtypes == {problem.dtype}
+
+
+@every_case
+def test_structured_and_matrix_free_operators_add_up(name: str) -> None:
+    problem = Problem.of(name, exact=False)
+    params = problem.model[1]
+    exact, kfac = cv.ggn(*problem.model, **mean), cv.kfac(*problem.model, fisher="type-2", **mean)
+    for total in (exact + kfac, kfac + exact, exact + kfac.to(dtype=DOUBLE), kfac.to(dtype=HALF) + exact):
+        image = total @ params
+        assert {key: leaf.dtype for key, leaf in image.items()} == {key: leaf.dtype for key, leaf in params.items()}
+        dense = exact.to_dense().double() + kfac.to_dense().double()
+        assert total.to_dense().dtype == total.dtype
+        assert float((total.to_dense().double() - dense).norm()) <= max(problem.eps, 2e-2) * float(dense.norm())
+        assert total.quadratic(params).dtype == total.dtype
+        v = {key: leaf.double() for key, leaf in params.items()}
+        assert total.quadratic(v).dtype == DOUBLE
+        assert total.damp(0.1).dtype == total.dtype
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, HALF, FLOAT16], ids=str)
+@pytest.mark.parametrize("preconditioner", [DOUBLE, SINGLE, HALF], ids=str)
+def test_systems_with_preconditioners_of_other_dtypes_are_solved(
+    dtype: torch.dtype, preconditioner: torch.dtype
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    model_fn, params = cv.functional(net)
+    batch = (torch.randn(16, 4), torch.randn(16, 2))
+    curv = cv.ggn(model_fn, params, batch, **mean)
+    rough = cv.kfac(model_fn, params, batch, **mean).inverse(0.1).to(dtype=preconditioner)
+    v = {key: torch.randn_like(leaf).to(dtype) for key, leaf in params.items()}
+    truth = torch.linalg.solve(curv.to_dense().double() + 0.1 * torch.eye(23).double(), cv.ravel(v).double())
+    for x in (
+        curv.inverse(0.1, preconditioner=rough, tolerance=1e-6) @ v,
+        cv.solve(curv.damp(0.1), v, preconditioner=rough, tolerance=1e-6),
+        cv.solve(cv.kfac(model_fn, params, batch, **mean).scaled(0.0) + curv.damp(0.1), v, tolerance=1e-6),
+    ):
+        assert {leaf.dtype for leaf in x.values()} == {dtype}
+        error = float((cv.ravel(x).double() - truth).norm())
+        assert error <= (1e-4 + torch.finfo(dtype).eps) * float(truth.norm())
+
+
+@every_case
+def test_the_jacobian_computes_in_the_models_dtypes_and_returns_the_vectors(name: str) -> None:
+    problem = Problem.of(name, exact=True)
+    jacobian, twin = (cv.jacobian(p[0], p[1], p[2][0]) for p in (problem.model, problem.twin))
+    ones = torch.ones(16, 3, dtype=DOUBLE)
+    for dtype in (DOUBLE, SINGLE):
+        v = {key: torch.ones_like(leaf, dtype=dtype) for key, leaf in problem.model[1].items()}
+        image = jacobian @ v
+        assert image.dtype == dtype
+        assert torch.equal(image.double(), twin @ {key: leaf.double() for key, leaf in v.items()})
+        pulled = jacobian.T @ ones.to(dtype)
+        assert {leaf.dtype for leaf in pulled.values()} == {dtype}
+        expected = twin.T @ ones
+        assert all(torch.equal(leaf.double(), expected[key]) for key, leaf in pulled.items())
+    mixed = {key: torch.ones_like(leaf) for key, leaf in problem.model[1].items()}
+    assert (jacobian @ mixed).dtype == cv.operators.vectors.widest(leaf.dtype for leaf in mixed.values())

@@ -85,7 +85,7 @@ def with_velocity(
         pushes = gradients
         if dampening:
             weight = 1 - dampening * (state.count > 0).double()
-            pushes = [weight * g for g in gradients]
+            pushes = [weight.to(g.dtype) * g for g in gradients]  # a scalar leaf would become float64
         new = [torch.add(push, v, alpha=decay) for push, v in zip(pushes, old, strict=True)]
         updates = [combined(g, v) for g, v in zip(gradients, new, strict=True)]
         return unflatten(structure, updates), MomentumState(state.count + 1, unflatten(structure, new))

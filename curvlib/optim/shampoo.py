@@ -163,6 +163,7 @@ class Preconditioner:
         refreshes = int(state.refreshes) + due
         updates, stacks = [], []
         for bucket, old, gradient in zip(layout.buckets, state.stacks, layout.stacks(grads), strict=True):
+            gradient = gradient.to((old.factors.matrices[0] if bucket.modes else old.squares).dtype)
             new = self.collected(bucket, old, gradient)
             if due and bucket.modes:
                 new = self.rooted(new, layout.names(bucket), count, refreshes)
@@ -174,7 +175,6 @@ class Preconditioner:
     def collected(self, bucket: Bucket, old: ShampooStack, gradient: Tensor) -> ShampooStack:
         """The stack with one more gradient in its factors."""
         if bucket.modes:
-            gradient = gradient.to(old.factors.matrices[0].dtype)
             seen = Observation(gradient, gradient, gradient)
             factors = RULE.update(old.factors, seen, bucket.modes, (), self.factor_beta)
             return ShampooStack(factors, old.squares, old.roots, old.failures)
@@ -209,5 +209,5 @@ class Preconditioner:
         if not bucket.modes:
             return gradient / ((stack.squares / self.bias(count)).sqrt() + self.eps)
         for root, mode in zip(stack.roots, bucket.modes, strict=True):
-            gradient = mode_product(gradient.to(root.dtype), root, mode)
+            gradient = mode_product(gradient, root, mode)
         return gradient
