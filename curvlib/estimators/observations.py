@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from curvlib.capture import Plan
 from curvlib.capture import plan as make_plan
-from curvlib.capture.aliases import tensors_in
 from curvlib.capture.engines import ModelFn, Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.errors import ArgumentError, CaptureError, naming
@@ -82,30 +82,19 @@ def objective_gradient(
         )
     params, inputs, targets = ordinary((params, inputs, targets))
     domain, leaves = Domain.of(params), flatten(params)[0]
-    if is_eager() and without_autograd((leaves, inputs, targets)):
-        if engine == "autograd":
-            raise ArgumentError(
-                "autograd records nothing in torch.inference_mode, nor of tensors that were made there: use "
-                "torch.no_grad in its place, or engine='functional'"
-            )
-        engine = "functional"
 
     def objective(leaves: Sequence[Tensor]) -> Tensor:
         return loss.value(model_fn(domain.tree(leaves), inputs), targets)
 
     if not is_eager():
         return domain.tree(dense(torch.func.grad(objective)(leaves)))
+    inputs, targets = torch_pytree.tree_map_only(Tensor, Tensor.detach, (inputs, targets))
     devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
     with differentiable(), uncompiled(), torch.random.fork_rng(devices):
         if engine == "functional":
             return domain.tree(dense(torch.func.grad(objective)([leaf.detach() for leaf in leaves])))
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         return domain.tree(dense(torch.autograd.grad(objective(leaves), leaves, materialize_grads=True)))
-
-
-def without_autograd(tree: Any) -> bool:
-    """Whether autograd would record nothing: in inference mode, and of tensors that were made there."""
-    return torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors_in(tree))
 
 
 def dense(gradients: Sequence[Tensor]) -> list[Tensor]:

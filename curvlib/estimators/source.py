@@ -108,7 +108,9 @@ class Streamed:
     def batches(self) -> Iterator[tuple[Any, Any, Draws]]:
         """(inputs, targets, draws) of every batch."""
         generator = self.walk.restarted()
-        for inputs, targets in batches(self.walk.data):
+        for batch in batches(self.walk.data):
+            tensors, frame = Frame.split(batch)
+            inputs, targets = frame.fill(tensors)
             yield inputs, targets, generator
 
 
