@@ -41,6 +41,9 @@ for engine in ("functional", "autograd"):
         ESTIMATORS[f"{name} of examples, {engine}"] = lambda *given, name=name, engine=engine: getattr(cv, name)(
             *given, per_example=True, engine=engine, **mse
         )
+    ESTIMATORS[f"empirical kfac, {engine}"] = lambda *given, engine=engine: cv.kfac(
+        *given, fisher="empirical", engine=engine, **mse
+    )
 ESTIMATORS["ekfac in two passes"] = lambda *given: cv.ekfac(*given, fisher="type-2", **mse)
 ESTIMATORS["eigenvalue_correct"] = lambda *given: cv.eigenvalue_correct(cv.kfac(*given, **mse), *given, **mse)
 MATRIX_FREE: dict[str, Callable[..., Operator]] = {}

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from curvlib.errors import ArgumentError, EmptyBatchError
+from curvlib.linalg.eager import is_eager
 
 Batch = tuple[Any, Any]
 
@@ -161,6 +164,8 @@ INNER = ("batch_sampler", "sampler", "base_sampler")  # where samplers keep the 
 def batches(batch: Batch | DataSet) -> Iterator[Batch]:
     """The batches of a data set, or the one batch given; each is checked to be a pair.
 
+    Outside of any transform they are cut loose from the graph they are in.
+
     Raises:
         ArgumentError: a batch is not a pair (inputs, targets).
         EmptyBatchError: the data set holds no batch.
@@ -173,6 +178,7 @@ def batches(batch: Batch | DataSet) -> Iterator[Batch]:
                 "for a loader use cv.over(loader)"
             )
         empty = False
-        yield pair[0], pair[1]
+        inputs, targets = torch_pytree.tree_map_only(Tensor, Tensor.detach, tuple(pair)) if is_eager() else pair
+        yield inputs, targets
     if empty:
         raise EmptyBatchError("the data set is empty: its loader gave no batch")

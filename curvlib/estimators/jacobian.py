@@ -136,9 +136,7 @@ class TransposedJacobian(LinearMap):
         """J^T u, a pytree like params in the dtype of u."""
         vector_leaves(u)
         if not isinstance(u, Tensor):
-            raise PytreeError(
-                f"expected a cotangent of shape {self.jacobian.output_shape}, got a {type(u).__name__}"
-            )
+            raise PytreeError(f"expected a cotangent of shape {self.jacobian.output_shape}, got a {type(u).__name__}")
         stacked = flatten(self.matmat(u.unsqueeze(0)))[0]
         return self.jacobian.domain.tree([leaf.squeeze(0) for leaf in stacked])
 

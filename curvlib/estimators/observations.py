@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from curvlib.capture import Plan
@@ -72,7 +71,7 @@ def objective_gradient(
     """The gradient of the reduced objective on a batch; neither the caller's graph nor the global generator is touched.
 
     Raises:
-        ArgumentError: an unknown engine, or ``autograd`` under a transform or a trace, or in inference mode.
+        ArgumentError: an unknown engine, or ``autograd`` under a transform or a trace.
     """
     if engine not in (None, "functional", "autograd"):
         raise ArgumentError(f"engine must be 'functional', 'autograd' or None, got {engine!r}")
@@ -88,7 +87,6 @@ def objective_gradient(
 
     if not is_eager():
         return domain.tree(dense(torch.func.grad(objective)(leaves)))
-    inputs, targets = torch_pytree.tree_map_only(Tensor, Tensor.detach, (inputs, targets))
     devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
     with differentiable(), uncompiled(), torch.random.fork_rng(devices):
         if engine == "functional":

@@ -108,9 +108,7 @@ class Streamed:
     def batches(self) -> Iterator[tuple[Any, Any, Draws]]:
         """(inputs, targets, draws) of every batch."""
         generator = self.walk.restarted()
-        for batch in batches(self.walk.data):
-            tensors, frame = Frame.split(batch)
-            inputs, targets = frame.fill(tensors)
+        for inputs, targets in batches(self.walk.data):
             yield inputs, targets, generator
 
 

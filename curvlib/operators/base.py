@@ -273,11 +273,11 @@ class Operator(LinearMap):
         if not isinstance(other, Operator):
             return NotImplemented
         if self.shapes != other.shapes:
-            one, two = (dict(zip(x.parameters, x.shapes, strict=True)) for x in (self, other))
+            mine, others = (dict(zip(x.parameters, x.shapes, strict=True)) for x in (self, other))
             unequal = [
-                f"{name!r} ({one.get(name)} and {two.get(name)})"
-                for name in sorted(one.keys() | two.keys())
-                if one.get(name) != two.get(name)
+                f"{name!r} ({mine.get(name)} and {others.get(name)})"
+                for name in sorted(mine.keys() | others.keys())
+                if mine.get(name) != others.get(name)
             ]
             raise PytreeError(f"the operators to be added act on different vectors: {', '.join(unequal)}")
         dtype = widest(self.dtypes | other.dtypes)

@@ -65,8 +65,9 @@ def refuse_other_things(v: object) -> None:
     match v:
         case LinearMap():
             raise PytreeError(
-                f"@ multiplies a vector, but a {kind} is a linear map itself, and products of two are not formed: apply "
-                "one after the other, a @ (b @ v); small ones can be multiplied as matrices, a.to_dense() @ b.to_dense()"
+                f"@ multiplies a vector, but a {kind} is a linear map itself, and products of two are not formed: "
+                "apply one after the other, a @ (b @ v), or multiply small ones as matrices, "
+                "a.to_dense() @ b.to_dense()"
             )
         case nn.Module():
             raise PytreeError(

@@ -194,9 +194,7 @@ def test_numbers_do_not_change_the_dtype(
 @every_kind_at_all
 @moderately
 @given(data=st.data(), pair=pairs)
-def test_sums_are_in_the_wider_dtype(
-    kind: str, data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]
-) -> None:
+def test_sums_are_in_the_wider_dtype(kind: str, data: st.DataObject, pair: tuple[torch.dtype, torch.dtype]) -> None:
     operator = data.draw(any_case(kind)).operator
     one, two = (operator.to(dtype=dtype) for dtype in pair)
     wide = torch.promote_types(*pair)
