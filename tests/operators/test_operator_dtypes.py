@@ -99,7 +99,7 @@ def assert_bitwise(actual: object, expected: object) -> None:
 
 def in_double(operator: Operator) -> Operator:
     """An operator in float64 whose numbers are those of a narrower one."""
-    return operator.to(dtype=torch.float64)
+    return operator.widened(torch.float64)
 
 
 @every_kind_at_all
@@ -113,7 +113,7 @@ def test_products_are_computed_in_the_wider_dtype_and_returned_in_the_vectors(
     operator = made(case.operator.to(dtype=pair[0]))
     wide = torch.promote_types(operator.dtype, pair[1])
     v, stacked = cast(case.vector(), pair[1]), cast(case.vector(1, stacked=3), pair[1])
-    widened = operator.to(dtype=wide)
+    widened = operator.widened(wide)
     assert_bitwise(operator @ v, cast(widened @ cast(v, wide), pair[1]))
     assert_bitwise(operator.matvec(v), operator @ v)
     assert_bitwise(operator.matmat(stacked), cast(widened.matmat(cast(stacked, wide)), pair[1]))
@@ -203,7 +203,7 @@ def test_sums_are_in_the_wider_dtype(kind: str, data: st.DataObject, pair: tuple
     assert (two + one).dtypes == {wide}
     assert total.inverse(0.3).dtypes == {torch.promote_types(wide, torch.float32)}
     if wide == torch.float64 and kind != "solved inverse":
-        assert torch.equal(total.to_dense(), (one.to(dtype=wide) + two.to(dtype=wide)).to_dense())
+        assert torch.equal(total.to_dense(), (one.widened(wide) + two.widened(wide)).to_dense())
 
 
 @every_mergeable_kind
