@@ -208,3 +208,21 @@ def test_what_is_not_shampoos_cannot_be_updated() -> None:
     for other in (curv.power(0.5), curv.inverse(0.1), dykaf.init(grads)):
         with pytest.raises(cv.errors.ArgumentError, match=r"block 'w': .*update the curvature that"):
             shampoo.update(other, grads, 0.5)
+
+
+@pytest.mark.parametrize(
+    "wide", [cv.WideDiagonal(), cv.WideDiagonal(2), cv.WideLowRank(1, above=2), cv.WideBlocks(2, above=2)]
+)
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_gradient_of_zeros_has_no_curvature_and_starts_nothing(squared: bool, wide: Any) -> None:
+    shapes = {"matrix": (3, 4), "vector": (3,)} | ({} if isinstance(wide, cv.WideLowRank) else {"tensor": (2, 3, 2)})
+    zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    curv = shampoo.init(zeros, squared=squared, wide=wide)
+    for state in (curv, shampoo.update(curv, zeros, 0.9), shampoo.update(curv, zeros, None)):
+        assert float(state.to_dense().abs().max()) == 0
+    gradient = {name: normal(1, *shape) for name, shape in shapes.items()}
+    started, expected = shampoo.update(curv, gradient, None), shampoo.init(gradient, squared=squared, wide=wide)
+    for name in ("matrix", "vector"):
+        power = 1 if squared or name == "vector" else 2
+        actual = started.blocks[name].power(power).to_dense()
+        assert relative_error(actual, expected.blocks[name].power(power).to_dense()) <= 1e-10
