@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvlib import containers
 from curvlib.capture.examples import expand_examples
 from curvlib.capture.plan import Plan, Site
 from curvlib.capture.routing import located
@@ -76,7 +76,7 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
         engine = "autograd" if is_eager() else "functional"
     if is_eager():  # under a transform gradients may be wanted; else nothing must refer to the caller's graph
         params = plan.domain.tree([leaf.detach() for leaf in flatten(params)[0]])
-        inputs = torch_pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+        inputs = containers.map_tensors(Tensor.detach, inputs)
     elif engine == "autograd":
         raise ArgumentError(
             "engine='autograd' does not compose with torch.func transforms and tracing; use engine='functional'"
@@ -90,7 +90,7 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
 
 def on_copies(model_fn: ModelFn) -> ModelFn:
     """A model that changes its inputs in place, on copies of them."""
-    return lambda params, inputs: model_fn(params, torch_pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+    return lambda params, inputs: model_fn(params, containers.map_tensors(Tensor.clone, inputs))
 
 
 class Replay(TorchFunctionMode):
@@ -149,7 +149,7 @@ def check_shape(site: Site, result: Tensor, examples: int) -> None:
 
 def examples_in(inputs: Any) -> int:
     """The number of examples: the length of the first axis of the first tensor."""
-    tensors = [leaf for leaf in torch_pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    tensors = [tensor for tensor in containers.tensors_in(inputs) if tensor.ndim]
     return int(tensors[0].shape[0]) if tensors else 1
 
 
@@ -260,7 +260,7 @@ class AutogradPullback:
             try:
                 self._run(model_fn, params, inputs, record)
             except RestartError:
-                self._run(model_fn, params, torch_pytree.tree_map_only(Tensor, self._require, inputs), record)
+                self._run(model_fn, params, containers.map_tensors(self._require, inputs), record)
 
     def _require(self, x: Tensor) -> Tensor:
         return Tap.apply(x.clone(), self._root) if x.is_floating_point() else x
@@ -268,7 +268,7 @@ class AutogradPullback:
     def _run(self, model_fn: ModelFn, params: Tree, inputs: Any, record: Record) -> None:
         self._stream = stream = Stream(self.plan, self.examples)
         self._edges: dict[int, Any] = {}
-        tapped_inputs = any(x.requires_grad for x in torch_pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+        tapped_inputs = any(x.requires_grad for x in containers.tensors_in(inputs))
 
         def visit(number: int, site: Site, result: Tensor, operand: Tensor | None) -> Tensor:
             check_shape(site, result, self.examples)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from curvlib import containers
 from curvlib.capture.aliases import storage, tensors_in
 from curvlib.capture.choices import MASKS
 from curvlib.capture.examples import Examples
@@ -75,7 +76,7 @@ class Flow:
 
     def start(self, inputs: Any) -> None:
         """Makes the inputs known."""
-        for tensor in tensors_in(inputs):
+        for tensor in containers.tensors_in(inputs):
             self.inputs.add(storage(tensor))
             if self.axis(tensor) is not None:
                 self.hold(tensor, Content(None, self.multiple(tensor)))

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from curvlib import containers
 from curvlib.linalg.eager import is_eager, uncompiled
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -47,7 +47,7 @@ def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -
             return x.detach()[index.to(x.device)] if rows else x.detach().clone()
 
         with torch.no_grad(), uncompiled():
-            values: Tensor = model_fn(params, torch_pytree.tree_map_only(Tensor, chosen, inputs))
+            values: Tensor = model_fn(params, containers.map_tensors(chosen, inputs))
         return values
 
     with torch.random.fork_rng(devices):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from curvlib.capture.aliases import parameters, tensors_in
+from curvlib import containers
+from curvlib.capture.aliases import parameters
 from curvlib.capture.blocks import assign, split_lone_biases
 from curvlib.capture.discover import Discover
 from curvlib.capture.examples import Examples
@@ -37,8 +37,8 @@ from curvlib.pytree import Domain, Tree, flatten
 ModelFn = Callable[[Any, Any], Any]
 
 READ = (
-    "read its first argument (it uses no parameter at all, or none outside of torch.vmap, inside of which uses cannot be "
-    "seen: call it on the whole batch)"
+    "read its first argument (it uses no parameter at all, or none outside of torch.vmap, inside of which uses cannot "
+    "be seen: call it on the whole batch)"
 )
 PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
 
@@ -77,7 +77,7 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
     if len({leaf.device for leaf in leaves}) > 1:
         devices = {name: str(leaf.device) for name, leaf in zip(domain.names, leaves, strict=True)}
         raise DeviceError(f"parameters live on different devices: {devices}; move them to one")
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.ndim]
+    tensors = [tensor for tensor in containers.tensors_in(inputs) if tensor.ndim]
     number = int(tensors[0].shape[0]) if tensors else 1
     if any(tensor.numel() == 0 for tensor in tensors):
         raise EmptyBatchError("the batch is empty: a tensor of inputs has no element")
@@ -134,11 +134,11 @@ def discover(
     try:
         outputs = run(model_fn, mode, batch, fake=fake)
         check_outputs(outputs, examples)
-    except CurvlibError as error:
-        if mode.follows_branches:
-            raise GuessError from error
-        raise
     except Exception as error:
+        if isinstance(error, CurvlibError) and not isinstance(error, BatchAxisError):
+            if mode.follows_branches:
+                raise GuessError from error
+            raise
         if not mode.expanded:
             raise
         plain = Discover(domain, leaves, examples, expand=False)
@@ -230,7 +230,7 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, list[Tensor]], *, f
             devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(nothing_saved())
-        inputs = torch_pytree.tree_map_only(Tensor, stand_in, inputs)
+        inputs = containers.map_tensors(stand_in, inputs)
         stand_ins = [stand_in(x).requires_grad_() for x in mode.originals]
         mode.follow(stand_ins, inputs)
         stack.enter_context(fake_run if fake else RealRun(mode.flow))

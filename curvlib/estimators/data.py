@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
+from curvlib import containers
 from curvlib.errors import ArgumentError, EmptyBatchError
 from curvlib.linalg.eager import is_eager
 
@@ -178,7 +178,7 @@ def batches(batch: Batch | DataSet) -> Iterator[Batch]:
                 "for a loader use cv.over(loader)"
             )
         empty = False
-        inputs, targets = torch_pytree.tree_map_only(Tensor, Tensor.detach, tuple(pair)) if is_eager() else pair
+        inputs, targets = containers.map_tensors(Tensor.detach, tuple(pair)) if is_eager() else pair
         yield inputs, targets
     if empty:
         raise EmptyBatchError("the data set is empty: its loader gave no batch")

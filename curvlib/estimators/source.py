@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from curvlib import containers
 from curvlib.errors import ArgumentError
 from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.kinds import Draws
@@ -22,7 +22,7 @@ class Frame:
     """The structure of a pytree, with those of its leaves that are not tensors: static, compared by identity."""
 
     def __init__(self, tree: Any) -> None:
-        self.leaves, self.structure = torch_pytree.tree_flatten(tree)
+        self.leaves, self.structure = containers.flatten(tree)
 
     @classmethod
     def split(cls, tree: Any) -> tuple[tuple[Tensor, ...], Frame]:
@@ -36,7 +36,7 @@ class Frame:
         """The pytree with these tensors in their places."""
         remaining = iter(tensors)
         leaves = [next(remaining) if leaf is slot else leaf for leaf in self.leaves]
-        return torch_pytree.tree_unflatten(leaves, self.structure)
+        return containers.unflatten(leaves, self.structure)
 
 
 slot = object()  # stands where a tensor was

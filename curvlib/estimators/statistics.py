@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from curvlib import containers
 from curvlib.capture import Plan, execute
 from curvlib.capture import plan as make_plan
 from curvlib.capture.aliases import parameters
@@ -328,7 +328,7 @@ def measure_all(
 
 def shapes(inputs: Any) -> tuple[object, ...]:
     """Structure, shapes and dtypes of inputs but for the number of examples, which a plan leaves open."""
-    leaves, structure = torch_pytree.tree_flatten(inputs)
+    leaves, structure = containers.flatten(inputs)
     number = next((int(x.shape[0]) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 1)
     key: list[object] = [str(structure)]
     for x in leaves:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from curvlib import containers
 from curvlib.capture.engines import examples_in
 from curvlib.checksums import content
 from curvlib.errors import ArgumentError, EmptyBatchError
@@ -36,7 +36,7 @@ class Examples:
 
     leaves: tuple[Any, ...]
     own: tuple[bool, ...]
-    structure: torch_pytree.TreeSpec
+    structure: containers.Structure
     count: int
     kind: tuple[str, ...]
 
@@ -48,13 +48,13 @@ class Examples:
             ArgumentError: a tensor of the targets does not have one row an example; names it.
         """
         count = examples_in(inputs)
-        for path, leaf in torch_pytree.tree_leaves_with_path(targets):
+        for path, leaf in containers.leaves_with_path(targets):
             if isinstance(leaf, Tensor) and leaf.shape[:1] != (count,):
                 raise ArgumentError(
-                    f"targets{torch_pytree.keystr(path)} has shape {tuple(leaf.shape)}, which is not one row for each "
+                    f"targets{path} has shape {tuple(leaf.shape)}, which is not one row for each "
                     f"of the {count} examples of its batch"
                 )
-        leaves, structure = torch_pytree.tree_flatten((inputs, targets))
+        leaves, structure = containers.flatten((inputs, targets))
         own = tuple(isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves)
         each = (
             repr((leaf.dtype, tuple(leaf.shape[1:]))) if rows else named(leaf)
@@ -70,7 +70,7 @@ class Examples:
     @property
     def batch(self) -> Batch:
         """(inputs, targets)."""
-        inputs, targets = torch_pytree.tree_unflatten(self.leaves, self.structure)
+        inputs, targets = containers.unflatten(self.leaves, self.structure)
         return inputs, targets
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from curvlib import containers
 
 
 def is_eager() -> bool:
@@ -82,7 +83,7 @@ def ordinary(tree: Any) -> Any:
         with torch.inference_mode(False):
             return x.detach().clone()
 
-    return torch_pytree.tree_map_only(Tensor, copy, tree)
+    return containers.map_tensors(copy, tree)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from curvlib import containers
 from curvlib.errors import ArgumentError, SingularError, TargetError
 from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import eigh
@@ -59,11 +59,11 @@ class CustomLoss(Loss):
         return None
 
     def _check_targets(self, outputs: Tensor, targets: Any) -> None:
-        for path, leaf in torch_pytree.tree_leaves_with_path(targets):
+        for path, leaf in containers.leaves_with_path(targets):
             if isinstance(leaf, Tensor) and leaf.shape[:1] != outputs.shape[:1]:
                 raise TargetError(
                     f"CustomLoss expected targets with a leading axis of {outputs.shape[0]} examples, got "
-                    f"targets{torch_pytree.keystr(path)} of shape {tuple(leaf.shape)}"
+                    f"targets{path} of shape {tuple(leaf.shape)}"
                 )
 
     def _terms(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -100,7 +100,7 @@ class CustomLoss(Loss):
 
     def _term(self, output: Tensor, target: Any) -> Tensor:
         """l(f, y) of one example, 0-d, by a call of ``fn`` on a batch of one."""
-        one = torch_pytree.tree_map_only(Tensor, lambda leaf: leaf.unsqueeze(0), target)
+        one = containers.map_tensors(lambda leaf: leaf.unsqueeze(0), target)
         value: Any = self.fn(output.unsqueeze(0), one)
         if not isinstance(value, Tensor) or value.shape != (1,):
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -112,8 +112,13 @@ class CustomLoss(Loss):
 
     def _each(self, function: Callable[..., Tensor], outputs: Tensor, targets: Any, *rest: Tensor) -> Tensor:
         """Applies a function of one example to all of them; what is not a tensor in targets is shared."""
-        axes = torch_pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, targets)
-        return torch.func.vmap(function, in_dims=(0, axes, *(0 for _ in rest)))(outputs, targets, *rest)
+        leaves, structure = containers.flatten(targets)
+        axes = [0 if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+        def of_one(output: Tensor, target: list[Any], *rest: Tensor) -> Tensor:
+            return function(output, containers.unflatten(target, structure), *rest)
+
+        return torch.func.vmap(of_one, in_dims=(0, axes, *(0 for _ in rest)))(outputs, leaves, *rest)
 
     def _roots(self, outputs: Tensor, targets: Any) -> Tensor:
         """S_n of every example: [N, D, D]."""
