@@ -23,7 +23,7 @@ from curvlib.pytree import register, static
 
 Structure = torch_pytree.TreeSpec
 
-PLAIN = (Tensor, int, float, complex, str, bytes, type(None), type, FunctionType, nn.Module)  # leaves, whatever is inside
+PLAIN = (Tensor, int, float, complex, str, bytes, type(None), type, FunctionType, nn.Module)  # leaves in any case
 MOST_NESTED = 6  # how deep tensors are looked for in objects
 
 
@@ -138,7 +138,7 @@ def opened_leaf(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, Mapping):
         return Opened({key: opened(value) for key, value in leaf.items()}, Shell(leaf))
-    if hasattr(leaf, "__array__") and getattr(leaf, "ndim", 0):
+    if hasattr(leaf, "__array__") and getattr(leaf, "ndim", None):
         raise PytreeError(
             f"the batch holds an array, a {type(leaf).__name__}: its tensors are followed only, give "
             "torch.as_tensor(array) in its place"

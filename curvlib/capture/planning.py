@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from curvlib import containers
+from curvlib.arguments import check_model
 from curvlib.capture.aliases import parameters
 from curvlib.capture.blocks import assign, split_lone_biases
 from curvlib.capture.discover import Discover
@@ -27,10 +28,10 @@ from curvlib.errors import (
     BatchAxisError,
     CaptureError,
     CurvlibError,
-    DeviceError,
     EmptyBatchError,
     UnusedParameterError,
 )
+from curvlib.functional import one_of_several
 from curvlib.linalg.eager import differentiable, is_eager, uncompiled
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -72,11 +73,9 @@ def plan(model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
         0 linear  [N, 2]  weight, bias  linear 3 + 1 -> 2
         2 parameters in 1 of 1 known calls, 1 blocks; output [N, 2]
     """
+    check_model(model_fn, params, valued=False)
     domain = Domain.of(params)
     leaves, _ = flatten(params)
-    if len({leaf.device for leaf in leaves}) > 1:
-        devices = {name: str(leaf.device) for name, leaf in zip(domain.names, leaves, strict=True)}
-        raise DeviceError(f"parameters live on different devices: {devices}; move them to one")
     tensors = [tensor for tensor in containers.tensors_in(inputs) if tensor.ndim]
     number = int(tensors[0].shape[0]) if tensors else 1
     if any(tensor.numel() == 0 for tensor in tensors):
@@ -193,7 +192,7 @@ class GuessError(Exception):
 def check_outputs(outputs: Any, examples: Examples) -> None:
     """A model returns one tensor, whose first axis counts the examples."""
     if not isinstance(outputs, Tensor):
-        raise CaptureError(f"model_fn must return one tensor [N, ...], not a {type(outputs).__name__}")
+        raise CaptureError(one_of_several(outputs))
     if outputs.ndim == 0 or outputs.shape[0] != examples.number:
         raise BatchAxisError(
             "model_fn must return outputs whose first axis counts the examples, as the first axis of the inputs does, "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from curvlib import containers
@@ -15,6 +15,8 @@ from curvlib.errors import ArgumentError, EmptyBatchError
 from curvlib.linalg.eager import is_eager
 
 Batch = tuple[Any, Any]
+
+LABELS = ("labels", "label", "targets", "target")  # what targets are called in a batch that is one dictionary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,9 @@ def over(loader: Iterable[Batch], *, progress: bool = False) -> DataSet:
     Returns:
         A data set.
 
+    Raises:
+        ArgumentError: no iterable, or one that is a batch itself or gives examples one by one.
+
     Example:
         >>> import torch, curvlib as cv
         >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
@@ -48,6 +53,21 @@ def over(loader: Iterable[Batch], *, progress: bool = False) -> DataSet:
         >>> cv.kfac(model_fn, params, cv.over(batches), loss=cv.MSE(), fisher="type-2").blocks.keys()
         dict_keys(['weight'])
     """
+    if isinstance(loader, DataSet):
+        return DataSet(loader.loader, progress or loader.progress)
+    in_pair = isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader)
+    if in_pair or isinstance(loader, (Tensor, Mapping)):
+        raise ArgumentError("cv.over takes a loader of batches: give one batch (inputs, targets) without cv.over")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise ArgumentError(
+            f"cv.over takes a loader of batches, and a {type(loader).__name__} gives examples one by one: give "
+            "cv.over(DataLoader(dataset, batch_size=...))"
+        )
+    if isinstance(loader, nn.Module) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        raise ArgumentError(
+            f"cv.over takes an iterable of batches (inputs, targets), such as a DataLoader, got a "
+            f"{type(loader).__name__}"
+        )
     return DataSet(loader, progress)
 
 
@@ -173,12 +193,33 @@ def batches(batch: Batch | DataSet) -> Iterator[Batch]:
     empty = True
     for pair in batch if isinstance(batch, DataSet) else (batch,):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ArgumentError(
-                f"a batch must be a pair (inputs, targets), got a {type(pair).__name__}; "
-                "for a loader use cv.over(loader)"
-            )
+            raise ArgumentError(no_pair(pair, within=isinstance(batch, DataSet)))
         empty = False
         inputs, targets = containers.map_tensors(Tensor.detach, tuple(pair)) if is_eager() else pair
         yield inputs, targets
     if empty:
         raise EmptyBatchError("the data set is empty: its loader gave no batch")
+
+
+def no_pair(value: Any, *, within: bool) -> str:
+    """What to do about something that is not (inputs, targets), for messages.
+
+    Args:
+        value: what was given for a batch.
+        within: whether a loader gave it.
+    """
+    what = f"a {type(value).__name__}"
+    advice = "give (inputs, targets), or (inputs, None) where no targets are needed (cv.Identity, cv.gramian)"
+    if isinstance(value, Mapping):
+        what += f" of {', '.join(map(repr, value))}"
+        labels = next((key for key in LABELS if key in value), None)
+        advice = f"give (batch, batch[{labels!r}])" if labels else "give (inputs, targets), with the targets apart"
+    elif isinstance(value, (tuple, list)):
+        what += f" of {len(value)}"
+        advice = advice if len(value) < 2 else "put all inputs into one pytree, ((a, b), targets)"
+    if within:
+        return (
+            f"the loader given to cv.over must give pairs (inputs, targets), and gave {what}: {advice}; a DataLoader's "
+            "collate_fn can do that"
+        )
+    return f"a batch must be a pair (inputs, targets), got {what}: {advice}; for a loader use cv.over(loader)"

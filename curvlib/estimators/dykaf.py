@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_grads
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
@@ -158,6 +159,7 @@ class DyKAF:
             PytreeError, DtypeError: not a pytree of floating-point tensors; names the leaf.
         """
         check_diagonal(wide, "dykaf")
+        check_grads(grads)
         rule, domain = Rule("ksl", 1, start, generator), Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
         return begin(leaves, places, domain, rule.start, elementwise=elementwise, wide=wide)

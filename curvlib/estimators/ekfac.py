@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from curvlib.arguments import check_model
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
@@ -100,6 +101,7 @@ def ekfac(
         >>> cv.ekfac(model_fn, params, batch).blocks["weight"].values.shape
         torch.Size([2, 4])
     """
+    check_model(model_fn, params)
     check_gradients(fisher, correction)
     repeatable(batch)
     if fisher == "mc" and generator is None:
@@ -201,6 +203,10 @@ def eigenvalue_correct(
     """
     check_gradients(fisher, correction)
     options = Options(loss, fisher, "expand", mc_samples, "diagonal", "sum", WideDiagonal(), engine)
+    if not isinstance(curv, BlockDiagonal):
+        raise ArgumentError(
+            f"the first argument must be a curvature with blocks, such as cv.kfac(...), got a {type(curv).__name__}"
+        )
     curv = curv.widened(curvature_dtype(params))
     bases: dict[str, Bases] = {}
     for name, block in curv.blocks.items():

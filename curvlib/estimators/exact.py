@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError
 from curvlib.estimators.data import Batch, DataSet
@@ -116,6 +117,7 @@ def matrix_free(
     generator: torch.Generator | None = None,
 ) -> MatrixFree:
     """The operator of a kind, once one product with zero vectors has shown how to differentiate the model."""
+    check_model(model_fn, params)
     domain, params = Domain.of(params), detached(params)
     leaves = flatten(params)[0]
     streamed = None
@@ -256,7 +258,7 @@ def fisher(
     if kind == "type-2":
         return matrix_free(model_fn, params, batch, LossHessian(loss), mode)
     if kind == "mc" and generator is None:
-        Domain.of(params)
+        check_model(model_fn, params)
         generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
     return matrix_free(
         model_fn, params, batch, SampledFisher(loss, mc_samples), mode, generator if kind == "mc" else None

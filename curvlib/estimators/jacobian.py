@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import PytreeError, ShapeError
 from curvlib.estimators.linearization import Linearization, choose, each, linearize, on_leaves, twice_differentiable
@@ -43,6 +44,7 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None =
         >>> (J @ params).shape, (J.T @ torch.ones(5, 2))["weight"].shape
         (torch.Size([5, 2]), torch.Size([2, 3]))
     """
+    check_model(model_fn, params)
     params, domain = detached(params), Domain.of(params)
     tensors, frame = Frame.split(inputs)
     fn, leaves = on_leaves(model_fn, domain, frame.fill(tensors)), flatten(params)[0]

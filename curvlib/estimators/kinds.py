@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlib.estimators.linearization import LeafFn, Leaves, each, hessian_product, joined, linearize_along, together
-from curvlib.losses import Loss
+from curvlib.losses import Loss, check_loss
 
 How = tuple[str, int]
 Draws = Tensor | torch.Generator | None  # sampled gradients [M, *outputs.shape], or where to draw them from
@@ -73,6 +73,9 @@ class LossHessian(GaussNewton):
 
     loss: Loss
 
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+
     @property
     def reduction(self) -> str:
         return self.loss.reduction
@@ -90,6 +93,9 @@ class SampledFisher(GaussNewton):
 
     loss: Loss
     samples: int
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
     @property
     def reduction(self) -> str:
@@ -137,6 +143,9 @@ class SecondDerivative(Kind):
     """The Hessian of the objective in the parameters."""
 
     loss: Loss
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
     @property
     def reduction(self) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_grads
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
@@ -178,6 +179,7 @@ class KLShampoo:
             PytreeError, DtypeError: not a pytree of floating-point tensors; names the leaf.
         """
         check_diagonal(wide, "kl_shampoo")
+        check_grads(grads)
         domain = Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
         return begin(leaves, places, domain, start, elementwise=elementwise, wide=wide)

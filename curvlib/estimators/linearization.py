@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, CaptureError
+from curvlib.functional import one_of_several
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain
 
@@ -56,7 +57,7 @@ def on_leaves(model_fn: ModelFn, domain: Domain, inputs: Any) -> LeafFn:
     def outputs(leaves: Leaves) -> Tensor:
         result = model_fn(domain.tree(leaves), inputs)
         if not isinstance(result, Tensor):
-            raise CaptureError(f"model_fn must return one tensor, not a {type(result).__name__}")
+            raise CaptureError(one_of_several(result))
         return result
 
     return outputs

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_model
 from curvlib.capture import Plan
 from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn, Pullback
@@ -30,7 +31,7 @@ from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide
 from curvlib.linalg.eager import differentiable, is_eager, ordinary, uncompiled
-from curvlib.losses import Loss
+from curvlib.losses import Loss, check_loss
 from curvlib.operators import BlockDiagonal
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -48,6 +49,7 @@ def planned(
     model_fn: ModelFn, params: Tree, data: Batch | DataSet, plan: Plan | None
 ) -> Iterator[tuple[Plan, Any, Any]]:
     """(plan, inputs, targets) of every batch, with one plan for all batches of the same shapes."""
+    check_model(model_fn, params)
     plans: dict[object, Plan] = {}
     first: Plan | None = None
     for inputs, targets in batches(data):
@@ -118,6 +120,8 @@ def of_objective(
     Raises:
         NonFiniteError: a block is not finite; names it.
     """
+    check_model(model_fn, params)
+    check_loss(loss)
     domain = Domain.of(params)
     curv: BlockDiagonal | None = None
     for count, (known, inputs, targets) in enumerate(planned(model_fn, params, data, plan)):

@@ -6,7 +6,7 @@ import dataclasses
 
 from curvlib.errors import ArgumentError
 from curvlib.layers.wide import Wide
-from curvlib.losses import Loss
+from curvlib.losses import Loss, check_loss
 
 FISHERS = ("type-2", "mc", "empirical", "forward-only")
 
@@ -25,6 +25,7 @@ class Options:
     engine: str | None
 
     def __post_init__(self) -> None:
+        check_loss(self.loss)
         allowed = {
             "fisher": FISHERS,
             "sharing": ("expand", "reduce"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import curvlib.layers.rows as layer_rows
+from curvlib.arguments import check_model
 from curvlib.capture import Plan, execute
 from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn, examples_in
@@ -34,7 +35,7 @@ from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import differentiable, ordinary
 from curvlib.linalg.gram import full_precision
-from curvlib.losses import CrossEntropy, Loss
+from curvlib.losses import CrossEntropy, Loss, check_loss
 from curvlib.operators.blocks import Layouts
 from curvlib.operators.layout import Region
 from curvlib.pytree import Domain, Tree, register, static
@@ -132,6 +133,8 @@ def example_gradients(
         >>> found.inner({"w": torch.ones(1, 2, 3)})["w"]
         tensor([[2., 8.]])
     """
+    check_model(model_fn, params)
+    check_loss(loss)
     if isinstance(batch, DataSet):
         raise ArgumentError("per-example gradients are those of one batch; loop over the batches of the data set")
     [pair] = batches(batch)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_grads
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
@@ -164,6 +165,7 @@ class Shampoo:
             ArgumentError: a tensor of order three or more would have a low-rank factor that is not the first; names it.
             PytreeError, DtypeError: not a pytree of floating-point tensors; names the leaf.
         """
+        check_grads(grads)
         domain = Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
         return begin(leaves, places, domain, Rule(squared).start, elementwise=elementwise, wide=wide)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib import containers
+from curvlib.arguments import check_model
 from curvlib.capture import Plan, execute
 from curvlib.capture import plan as make_plan
 from curvlib.capture.aliases import parameters
@@ -307,6 +308,7 @@ def measure_all(
     collectors: Collectors,
 ) -> Statistics:
     """`measure` over a batch or a whole data set, with one plan for all batches of the same shapes."""
+    check_model(model_fn, params)
     plans: dict[object, Plan] = {}
     total: Statistics | None = None
     for inputs, targets in batches(data):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, PytreeError
 from curvlib.estimators.data import Batch, DataSet, check_order, repeatable
@@ -34,7 +35,7 @@ from curvlib.influence.rows import Rows
 from curvlib.influence.sizes import estimate_size
 from curvlib.io import save
 from curvlib.linalg.eager import is_eager
-from curvlib.losses import CrossEntropy, Loss
+from curvlib.losses import CrossEntropy, Loss, check_loss
 from curvlib.operators import Projection
 from curvlib.pytree import Domain, Tree
 
@@ -220,6 +221,13 @@ def build(
         >>> torch.allclose(found, cv.influence.scores(inverse, model_fn, params, train, train), atol=1e-4)
         True
     """
+    check_model(model_fn, params)
+    check_loss(loss)
+    if not isinstance(projection, Projection):
+        raise ArgumentError(
+            "projection must be a Projection, such as curv.power(-0.5, damping).project(cv.sketch(params, rank=64)), "
+            f"got a {type(projection).__name__}"
+        )
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if not isinstance(value, Integral) or value < 1:
             raise ArgumentError(f"{name} must be at least 1 and an integer, got {value!r}")

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, DtypeError, FormatError, NonFiniteError, ShapeError
 from curvlib.estimators.data import Batch, DataSet
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.folder import stored_projection
 from curvlib.influence.manifest import BlockRow, Manifest
-from curvlib.losses import CrossEntropy, Loss
+from curvlib.losses import CrossEntropy, Loss, check_loss
 from curvlib.operators import Projection
-from curvlib.pytree import Domain, Tree, flatten, tree_map
+from curvlib.pytree import Tree, flatten, tree_map
 
 AT_ONCE = 1 << 20  # numbers that are multiplied together: few enough to stay in the cache where rows are converted
 
@@ -239,7 +240,8 @@ class Index:
         """The sketches of data."""
         if model_fn is None or params is None:
             raise ArgumentError("queries that are data need model_fn and params; sketches are {block: [Q, ...]}")
-        Domain.of(params)
+        check_model(model_fn, params)
+        check_loss(loss)
         if fingerprints.of_params(params) != self.manifest.recipe.params:
             raise ArgumentError(
                 f"params are not those that the index in {self.folder} was made for: take them from the same "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, ShapeError, naming
 from curvlib.estimators.data import Batch, DataSet, check_order
@@ -19,7 +20,7 @@ from curvlib.influence.pairs import Vectors
 from curvlib.influence.preconditioning import Inverse, apply, check_inverse, in_blocks, stacks
 from curvlib.influence.quadratic import quadratic_forms
 from curvlib.layers.rows import summed
-from curvlib.losses import CrossEntropy, Loss
+from curvlib.losses import CrossEntropy, Loss, check_loss
 from curvlib.pytree import Domain, Tree, tree_map
 
 AGGREGATES = ("queries", "train")
@@ -208,6 +209,9 @@ def scores(
         >>> torch.allclose(total, found.sum(0), atol=1e-5)
         True
     """
+    check_model(model_fn, params)
+    check_loss(loss)
+    check_loss(measurement or loss, "measurement")
     check_options(query_batch, query_rank, per_token, aggregate)
     check_inverse(curv_inverse, Domain.of(params))
     if aggregate != "queries":
@@ -269,6 +273,8 @@ def self_influence(
         >>> torch.allclose(found, scores(inverse, model_fn, params, train, train).diagonal(), atol=1e-5)
         True
     """
+    check_model(model_fn, params)
+    check_loss(loss)
     check_inverse(curv_inverse, Domain.of(params))
     check_order(train, "self-influence has one number a training example, in the order of the data")
     source = Source(model_fn, params, train, loss, engine)

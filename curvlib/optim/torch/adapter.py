@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -64,6 +64,14 @@ class Adapter(torch.optim.Optimizer):
     their state.
     """
 
+    def __init__(self, params: ParamsArgument, defaults: Group) -> None:
+        if isinstance(params, (torch.nn.Module, Mapping)):
+            raise ArgumentError(
+                f"params must be parameters, named parameters or groups of them, got a {type(params).__name__}: give "
+                "module.parameters()"
+            )
+        super().__init__(params, defaults)
+
     @abstractmethod
     def transformation(self, group: Group) -> GradientTransformation:
         """What makes updates of the gradients of a group, from its options."""
@@ -111,11 +119,17 @@ class Adapter(torch.optim.Optimizer):
             The loss, if there is a closure.
 
         Raises:
+            ArgumentError: the loss is given in place of a closure.
             DtypeError: a gradient is sparse; names the parameter.
             NonFiniteError: a preconditioner could not be refreshed three times in a row; names the parameter.
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise ArgumentError(
+                    f"step takes a function that evaluates the loss, got a {type(closure).__name__}: call "
+                    "loss.backward(), and step() without it"
+                )
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
