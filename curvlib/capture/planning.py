@@ -133,6 +133,9 @@ def discover(
     try:
         outputs = run(model_fn, mode, batch, fake=fake)
         check_outputs(outputs, examples)
+        if mode.expanded and not examples.marked:  # the axis of examples may be none but the one that a site was given
+            plain = Discover(domain, leaves, examples, expand=False)
+            check_outputs(run(model_fn, plain, batch, fake=fake), examples)
     except Exception as error:
         if isinstance(error, CurvlibError) and not isinstance(error, BatchAxisError):
             if mode.follows_branches:
@@ -195,9 +198,10 @@ def check_outputs(outputs: Any, examples: Examples) -> None:
         raise CaptureError(one_of_several(outputs))
     if outputs.ndim == 0 or outputs.shape[0] != examples.number:
         raise BatchAxisError(
-            "model_fn must return outputs whose first axis counts the examples, as the first axis of the inputs does, "
-            f"got the shape {shape_text(examples.sizes(outputs))} for N examples: if the examples are on another axis "
-            "(time first, say), give model_fn inputs with the examples in front and transpose inside"
+            "model_fn must return outputs whose first axis counts the examples, as the first axis of the first tensor of "
+            f"the inputs does, got the shape {shape_text(examples.sizes(outputs))} for N examples: if the examples are on "
+            "another axis (time first, say), give model_fn inputs with the examples in front and transpose inside; put "
+            "what has no row for each example (a table, a mask of positions) after it, or close over it in model_fn"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError
 from curvlib.estimators.implicit import ELEMENTS_AT_ONCE, Implicit
 from curvlib.operators import BlockDiagonal, Dense, Layout, Operator, Region
@@ -54,6 +55,7 @@ def block_diagonal(
         >>> [torch.allclose(truth.blocks[k].to_dense(), kfac.blocks[k].to_dense(), atol=1e-6) for k in kfac.blocks]
         [True, True]
     """
+    check_operator(operator)
     domain = operator.domain
     match blocks:
         case BlockDiagonal():

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError
 from curvlib.operators import BlockDiagonal, Damping, Dense, FactoredTikhonov, Operator, Tikhonov
 from curvlib.operators.base import remembered
@@ -259,6 +260,7 @@ def solve(
         >>> torch.allclose(cv.ravel(curv @ x), cv.ravel(params), atol=1e-5)
         True
     """
+    check_operator(operator)
     check_iteration(tolerance, max_iterations)
     return solutions(
         operator, vector, 0, preconditioner=preconditioner, tolerance=tolerance, max_iterations=max_iterations

@@ -36,6 +36,7 @@ from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import differentiable, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss, check_loss
+from curvlib.losses.base import check_device
 from curvlib.operators.blocks import Layouts
 from curvlib.operators.layout import Region
 from curvlib.pytree import Domain, Tree, register, static
@@ -162,6 +163,7 @@ def example_gradients(
                 elementwise[number, index] = elementwise_rows(layer, part, g, examples)
 
     run = execute(plan, model_fn, params, inputs, record, engine)
+    check_device(targets, run.outputs.device)
     owners = pull_with_owners(plan, run, loss.gradient(run.outputs, targets), consume)
     blocks: dict[str, BlockGradients] = {}
     for block in plan.blocks:

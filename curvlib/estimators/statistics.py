@@ -25,6 +25,7 @@ from curvlib.estimators.options import Options
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.linalg.eager import differentiable, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
+from curvlib.losses.base import check_device
 from curvlib.operators.vectors import at_least_single, widest
 from curvlib.pytree import Tree, flatten
 
@@ -168,7 +169,12 @@ def measure(
                 with blamed(plan, number):
                     collector.consume(placement, layer, kept[index], full_precision(as_wide_as(dtype, g)))
 
-    run = execute(plan, model_fn, params, inputs, record, options.engine)
+    try:
+        run = execute(plan, model_fn, params, inputs, record, options.engine)
+    except RuntimeError:
+        check_device(targets, flatten(params)[0][0].device)  # a mask made of them meets what layers read
+        raise
+    check_device(targets, run.outputs.device)
     for number in sorted(missing):
         run.kept[number] = record(number, *no_rows(plan.sites[number], run.outputs.device))
     if options.fisher != "forward-only":

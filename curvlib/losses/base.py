@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib import containers
 from curvlib.errors import ArgumentError, DeviceError, DtypeError, EmptyBatchError, TargetError
+from curvlib.functional import one_of_several
 from curvlib.linalg.gram import full_precision
 
 REDUCTIONS = ("mean", "sum")
@@ -53,11 +55,10 @@ class Loss(abc.ABC):
             TargetError: the targets do not fit.
             DtypeError: the outputs are not of a floating dtype.
             EmptyBatchError: there is no example.
+            DeviceError: targets live on another device than outputs that have values.
         """
         if not isinstance(outputs, Tensor):
-            raise TargetError(
-                f"{self._name} expected the model's outputs to be one tensor [N, ...], got {_describe(outputs)}"
-            )
+            raise TargetError(one_of_several(outputs))
         if outputs.ndim == 0:
             raise TargetError(f"{self._name} expected outputs [N, ...] with a leading axis of examples, got a scalar")
         if not outputs.dtype.is_floating_point:
@@ -67,6 +68,8 @@ class Loss(abc.ABC):
                 f"{self._name} needs at least one example and one output, got outputs of shape {tuple(outputs.shape)}"
             )
         self._check_targets(outputs, targets)
+        if outputs.device.type != "meta":
+            check_device(targets, outputs.device)
 
     def value(self, outputs: Tensor, targets: Any) -> Tensor:
         """The reduced objective, sum_n l(f_n, y_n) / normalizer: a scalar.
@@ -209,6 +212,15 @@ def check_reduction(reduction: str) -> None:
         raise ArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
+def check_device(targets: Any, device: torch.device) -> None:
+    """Raises DeviceError if a tensor of the targets lives elsewhere; numbers may."""
+    for target in containers.tensors_in(targets):
+        if target.ndim and target.device != device:
+            raise DeviceError(
+                f"targets are on {target.device} and the model is on {device}: write targets.to({str(device)!r})"
+            )
+
+
 def _describe(value: Any) -> str:
     """A tensor's dtype and shape, or the name of another value's type."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -217,8 +229,10 @@ def _describe(value: Any) -> str:
 def check_like_outputs(name: str, outputs: Tensor, targets: Any) -> None:
     """Raises TargetError unless targets are floating-point numbers in the shape of the outputs."""
     if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        fitting = isinstance(targets, Tensor) and targets.numel() == outputs.numel()
         raise TargetError(
             f"{name} expected targets of the outputs' shape {tuple(outputs.shape)}, got {_describe(targets)}"
+            + (f"; if their order is the same, write targets.reshape{tuple(outputs.shape)}" if fitting else "")
         )
     if not targets.dtype.is_floating_point:
         raise TargetError(f"{name} expected floating-point targets, got {targets.dtype}: convert them with .float()")

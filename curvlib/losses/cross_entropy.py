@@ -90,10 +90,11 @@ class CrossEntropy(Loss):
             f"{tuple(outputs.shape)}"
         )
         if not isinstance(targets, Tensor):
-            raise TargetError(f"{expected}, got {type(targets).__name__}")
+            advice = "; write torch.tensor(targets)" if isinstance(targets, (list, tuple)) else ""
+            raise TargetError(f"{expected}, got {type(targets).__name__}{advice}")
         floating, shape = targets.dtype.is_floating_point, tuple(targets.shape)
         if not floating and targets.dtype not in INDEX_DTYPES:
-            raise TargetError(f"{expected}, got dtype {targets.dtype}")
+            raise TargetError(f"{expected}, got dtype {targets.dtype}; convert class indices with .long()")
         if shape == (tuple(outputs.shape) if floating else indices_shape):
             self._check_values(outputs.shape[axis], targets)
             return
@@ -102,6 +103,8 @@ class CrossEntropy(Loss):
             advice = "; convert class indices with .long()"
         elif not floating and shape == tuple(outputs.shape):
             advice = "; convert class probabilities with .float()"
+        elif shape == (*indices_shape, 1):
+            advice = "; write targets.squeeze(-1)"
         elif not floating:
             fitting = [d for d in range(1, outputs.ndim) if shape == _without(outputs, d)]
             if fitting:

@@ -53,6 +53,11 @@ class CustomLoss(Loss):
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
+        if not callable(self.fn) or isinstance(self.fn, type):
+            raise ArgumentError(
+                "CustomLoss takes a function (outputs, targets) -> one value an example, [N], got "
+                + (f"the class {self.fn.__name__}" if isinstance(self.fn, type) else f"a {type(self.fn).__name__}")
+            )
 
     def mask(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """None: every position counts."""

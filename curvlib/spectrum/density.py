@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError, naming
 from curvlib.linalg.lanczos import lanczos, quadrature
 from curvlib.operators import Operator
@@ -178,6 +179,7 @@ def density(
         >>> d.nodes.round(decimals=3).abs(), d.weights.round(decimals=3)
         (tensor([[0., 1., 4.]]), tensor([[0.2500, 0.5000, 0.2500]]))
     """
+    check_operator(operator)
     batch_size = probes if batch_size is None else batch_size
     at_least(1, steps=steps, probes=probes, batch_size=batch_size)
     generator = chosen(generator)

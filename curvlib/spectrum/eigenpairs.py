@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError, naming
 from curvlib.linalg.lanczos import block_lanczos, normal
 from curvlib.operators import BlockDiagonal, Eigen, LowRank, Operator, OrthogonalBasis
@@ -149,6 +150,7 @@ def top_eigenvalues(
         >>> pairs.vectors.shape
         torch.Size([2, 50])
     """
+    check_operator(operator)
     if which not in ORDERS:
         raise ArgumentError(f"which must be one of {', '.join(ORDERS)}, got {which!r}")
     at_least(1, k=k, max_iterations=max_iterations)

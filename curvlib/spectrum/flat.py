@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError
 from curvlib.operators import Operator
 from curvlib.operators.lazy import domain_of
@@ -67,6 +68,7 @@ def flattened(operator: Operator, like: Tree | None, *, products: int, label: st
     Raises:
         ArgumentError: the operator does not say what its vectors are and ``like`` is missing, or they do not fit.
     """
+    check_operator(operator)
     domain = domain_of(operator) if like is None else Domain.of(like)
     if domain.shapes != operator.shapes:
         raise ArgumentError(f"like has leaves of shapes {domain.shapes}, the operator's are {operator.shapes}")
