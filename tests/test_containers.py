@@ -155,7 +155,7 @@ def test_a_mapping_is_what_its_items_are_for_every_estimator(mapping: str) -> No
     model_fn, params = model(type(make(tensors())))
     plain, _ = model()
     given = make(tensors())
-    before = {key: value for key, value in given.items()}
+    before = dict(given.items())
     for name, estimator in ESTIMATORS.items():
         found = estimator(model_fn, params, (given, LABELS)).to_dense()
         truth = estimator(plain, params, (tensors(), LABELS)).to_dense()
@@ -225,8 +225,8 @@ def test_targets_may_be_mappings(mapping: str) -> None:
         found = estimator(model_fn, params, (tensors(), make(wanted)), loss=cv.CustomLoss(weighted)).to_dense()
         truth = estimator(model_fn, params, (tensors(), wanted), loss=plain).to_dense()
         torch.testing.assert_close(found, truth, msg=name)
+    short = {key: x[:3] for key, x in wanted.items()}
     with pytest.raises(errors.TargetError, match="leading axis of 5"):
-        short = {key: x[:3] for key, x in wanted.items()}
         cv.kfac(model_fn, params, (tensors(), make(short)), loss=cv.CustomLoss(weighted))
 
 
