@@ -1,4 +1,4 @@
-"""Models and batches of the transformers library as they are: `cv.functional(model, output="logits")`, `BatchEncoding`."""
+"""Models and batches of the transformers library, as they are: keywords in, several outputs, `BatchEncoding`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def test_trace_and_influence_are_those_of_gradients_of_one_example_at_a_time(nam
         model.zero_grad()
         inputs, targets = part(batch, n, n + 1)
         F.cross_entropy(model(**inputs).logits.flatten(0, -2), targets.flatten(), reduction="sum").backward()
-        rows.append(cv.ravel({k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}))
+        found = {name: p.grad for name, p in model.named_parameters()}
+        rows.append(cv.ravel({name: torch.zeros_like(params[name]) if g is None else g for name, g in found.items()}))
     gradients = torch.stack(rows)
     count = (batch[1] != -100).sum()
     ekfac = cv.ekfac(model_fn, params, batch, fisher="empirical")
