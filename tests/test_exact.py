@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_stacked_products_are_the_products_one_by_one(make: Callable[..., Matrix
     assert_close(reference.rows(curv.matmat(stack), 4), one_by_one)
     by_vmap = torch.func.vmap(curv.matvec)(stack)
     assert_close(reference.rows(by_vmap, 4), one_by_one)
-    narrow = MatrixFree(curv.params, curv.source, curv.scale, curv.model_fn, curv.kind, curv.mode, 3)
+    narrow = dataclasses.replace(curv, width=3)
     assert_close(reference.rows(narrow.matmat(stack), 4), one_by_one)
     assert curv.width >= 4
 
@@ -209,25 +210,30 @@ def test_activation_checkpointing_is_differentiated_backwards_twice() -> None:
     assert_close(hessian(checkpointed, case.params, case.batch).to_dense(), dense_hessian(plain))
 
 
+class Double(torch.autograd.Function):
+    """Has forward and reverse mode, but no rule for vmap."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return 2 * tangents[0]
+
+
 def test_models_that_cannot_be_run_for_stacked_vectors_are_run_for_one_at_a_time() -> None:
     case = mlp()
-
-    def model_fn(params: Any, inputs: Tensor) -> Tensor:
-        return case.model_fn(params, inputs) + 0 * torch.rand(5, 2)  # vmap refuses random numbers
-
-    curv = ggn(model_fn, case.params, case.batch)
+    curv = ggn(lambda p, x: Double.apply(case.model_fn(p, x)) / 2, case.params, case.batch)
     assert (curv.mode, curv.width) == ("forward", 1)
     assert_close(curv.to_dense(), case.ggn())
-
-
-@modes
-def test_parameters_that_the_output_does_not_depend_on_have_no_curvature(mode: str) -> None:
-    params = {"unused": normal(0, 2), "w": normal(1, 3, 2)}
-    batch = (normal(2, 5, 3), normal(3, 5, 2))
-    for make in (ggn, hessian):
-        dense = make(lambda p, x: x @ p["w"], params, batch, loss=cv.MSE(), mode=mode).to_dense()
-        assert dense[:2].abs().max() == 0
-        assert dense[2:, 2:].abs().max() > 0
 
 
 # --- whole data sets ----------------------------------------------------------------------------------------------
@@ -265,7 +271,7 @@ def test_data_that_cannot_be_walked_through_again_are_refused() -> None:
     with pytest.raises(ArgumentError, match="read only once"):
         ggn(case.model_fn, case.params, cv.over(iter([case.batch])))
     shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*case.batch), 2, shuffle=True)
-    with pytest.raises(ArgumentError, match="shuffles"):
+    with pytest.raises(ArgumentError, match="random order"):
         fisher(case.model_fn, case.params, cv.over(shuffled))
     assert_close(ggn(case.model_fn, case.params, cv.over(shuffled)).to_dense(), case.ggn())
     with pytest.raises(EmptyBatchError):

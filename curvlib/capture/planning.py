@@ -198,10 +198,11 @@ def check_outputs(outputs: Any, examples: Examples) -> None:
         raise CaptureError(one_of_several(outputs))
     if outputs.ndim == 0 or outputs.shape[0] != examples.number:
         raise BatchAxisError(
-            "model_fn must return outputs whose first axis counts the examples, as the first axis of the first tensor of "
-            f"the inputs does, got the shape {shape_text(examples.sizes(outputs))} for N examples: if the examples are on "
-            "another axis (time first, say), give model_fn inputs with the examples in front and transpose inside; put "
-            "what has no row for each example (a table, a mask of positions) after it, or close over it in model_fn"
+            "model_fn must return outputs whose first axis counts the examples, as the first axis of the first tensor "
+            f"of the inputs does, got the shape {shape_text(examples.sizes(outputs))} for N examples: if the examples "
+            "are on another axis (time first, say), give model_fn inputs with the examples in front and transpose "
+            "inside; put what has no row for each example (a table, a mask of positions) after it, or close over it in "
+            "model_fn"
         )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
@@ -149,20 +150,32 @@ def check_same_examples(batch: Batch | DataSet, what: str) -> None:
 def random_sampler(batch: Batch | DataSet) -> Any:
     """What brings a loader's examples in random order; None if nothing is known to do so.
 
-    It is looked for behind the batch sampler, and behind samplers that wrap others. A sampler of another library
-    draws if it says so (``shuffle``), or says nothing and has a generator or a seed.
+    A sampler of another library draws if it says so (``shuffle``), or says nothing and has a generator or a seed.
     """
-    found = getattr(batch.loader, "batch_sampler", None) if isinstance(batch, DataSet) else None
-    if isinstance(batch, DataSet) and found is None:
-        found = getattr(batch.loader, "sampler", None)
+
+    def draws(sampler: Any) -> bool:
+        seeded = hasattr(sampler, "generator") or hasattr(sampler, "seed")
+        return isinstance(sampler, RANDOM) or getattr(sampler, "shuffle", seeded) is True
+
+    found = samplers(batch.loader) if isinstance(batch, DataSet) else []
+    return next((sampler for sampler in found if draws(sampler)), None)
+
+
+def samplers(loader: Any) -> list[Any]:
+    """What decides which examples a loader gives: its batch sampler or else its sampler, and what these wrap."""
+    found = getattr(loader, "batch_sampler", None)
+    found = getattr(loader, "sampler", None) if found is None else found
     seen: list[Any] = []
     while found is not None and not any(found is x for x in seen):
-        draws = hasattr(found, "generator") or hasattr(found, "seed")
-        if isinstance(found, RANDOM) or getattr(found, "shuffle", draws) is True:
-            return found
         seen.append(found)
         found = next((x for x in (getattr(found, name, None) for name in INNER) if x is not None), None)
-    return None
+    return seen
+
+
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers draw from, where they have their own."""
+    holders = (getattr(x, "generator", None) for x in (loader, *samplers(loader)))
+    return list(dict.fromkeys(x for x in holders if isinstance(x, torch.Generator)))
 
 
 def repeats_itself(sampler: Any) -> bool:

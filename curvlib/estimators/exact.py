@@ -21,12 +21,14 @@ from torch import Tensor
 
 from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
-from curvlib.errors import ArgumentError
-from curvlib.estimators.data import Batch, DataSet
+from curvlib.errors import ArgumentError, NonFiniteError
+from curvlib.estimators.data import Batch, DataSet, batches, check_order
 from curvlib.estimators.implicit import Implicit
 from curvlib.estimators.kinds import Draws, How, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
-from curvlib.estimators.linearization import Leaves, choose, on_leaves, twice_differentiable
-from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, detached, first_batch
+from curvlib.estimators.running import LeafFn, Leaves, Running, twice_differentiable
+from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, cut, detached
+from curvlib.estimators.trial import Case, settle
+from curvlib.linalg.eager import differentiable, is_eager, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators.vectors import at_least_single, widest
@@ -49,6 +51,7 @@ class MatrixFree(Implicit):
         kind: which curvature.
         mode: how products are differentiated, "forward" or "reverse".
         width: how many stacked vectors are multiplied at a time.
+        running: how the model is run.
     """
 
     params: Tree
@@ -58,6 +61,7 @@ class MatrixFree(Implicit):
     kind: Kind = static()
     mode: str = static()
     width: int = static()
+    running: Running = static(default=Running())
 
     @property
     def domain(self) -> Domain:
@@ -78,34 +82,64 @@ class MatrixFree(Implicit):
         domain, params = self.domain, flatten(self.params)[0]
         leaves = domain.leaves(vectors, leading)
         number = math.prod(leaves[0].shape[:leading])
-        stack = [v.reshape(number, *x.shape).to(x.dtype) for v, x in zip(leaves, params, strict=True)]
         total: Leaves = []
         normalizer = torch.zeros_like(self.scale)
-        for batch in self.source.batches():
-            part, count = multiply(self.kind, self.model_fn, self.params, batch, stack, (self.mode, self.width))
-            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
-            normalizer = normalizer + count
-        scale = self.scale if self.kind.reduction == "sum" else self.scale / normalizer
-        return domain.tree([(scale * x).to(v.dtype).reshape(v.shape) for x, v in zip(total, leaves, strict=True)])
+        replay = self.running.replay(params, self.source.loader)
+        with differentiable(), replay.isolated():
+            given = ordinary(leaves)
+            stack = [v.reshape(number, *x.shape).to(x.dtype) for v, x in zip(given, params, strict=True)]
+            for inputs, targets, draws in self.source.batches():
+                replay.begin()
+                fn = self.running.on_leaves(self.model_fn, domain, inputs, replay)
+                part, count = multiply(self.kind, fn, params, (targets, draws), stack, (self.mode, self.width))
+                total = [a + b for a, b in zip(total, part, strict=True)] if total else part
+                normalizer = normalizer + count
+                replay.end()
+            total = cut(total, leaves)
+            if isinstance(self.source, Streamed):
+                check_total(domain, total, normalizer, leaves)
+            scale = self.scale if self.kind.reduction == "sum" else self.scale / normalizer
+            return domain.tree([(scale * x).to(v.dtype).reshape(v.shape) for x, v in zip(total, leaves, strict=True)])
 
     def scaled(self, factor: float | Tensor) -> MatrixFree:
         return dataclasses.replace(self, scale=factor * self.scale)
 
 
 def multiply(
-    kind: Kind,
-    model_fn: ModelFn,
-    params: Tree,
-    batch: tuple[Any, Any, Draws],
-    stack: Leaves,
-    how: How,
+    kind: Kind, fn: LeafFn, leaves: Leaves, batch: tuple[Any, Draws], stack: Leaves, how: How
 ) -> tuple[Leaves, Tensor]:
     """One batch's unreduced curvature times k stacked vectors (leaves [k, *shape]), and the batch's normalizer."""
-    inputs, targets, draws = batch
-    fn = on_leaves(model_fn, Domain.of(params), inputs)
     with twice_differentiable():
-        products, count = kind.multiply(fn, flatten(params)[0], targets, draws, stack, how)
+        products, count = kind.multiply(fn, leaves, *batch, stack, how)
         return [full_precision(x) for x in products], count
+
+
+def check_total(domain: Domain, total: Leaves, normalizer: Tensor, vectors: Leaves) -> None:
+    """Refuses what a walk through a data set has summed up to, where that may be looked at and vectors are finite.
+
+    Raises:
+        NonFiniteError: an infinite or undefined entry, or no target counts.
+    """
+    if not may_look_at(normalizer):
+        return
+    check_counts(normalizer)
+    if all(torch.isfinite(v.sum()) for v in vectors):
+        for name, x in zip(domain.names, total, strict=True):
+            if not torch.isfinite(x.sum()):
+                raise NonFiniteError(
+                    f"the product with a finite vector is inf or nan at parameter {name!r}: inputs, outputs or the "
+                    "model's derivative contain inf or nan on some batch"
+                )
+
+
+def check_counts(normalizer: Tensor) -> None:
+    """Refuses data of which nothing counts.
+
+    Raises:
+        NonFiniteError: the normalizer is zero.
+    """
+    if normalizer == 0:
+        raise NonFiniteError("no target counts: all of them are ignored, and their mean is undefined")
 
 
 def matrix_free(
@@ -116,32 +150,34 @@ def matrix_free(
     mode: str | None,
     generator: torch.Generator | None = None,
 ) -> MatrixFree:
-    """The operator of a kind, once one product with zero vectors has shown how to differentiate the model."""
+    """The operator of a kind, once trials on the (first) batch have shown how to differentiate the model."""
     check_model(model_fn, params)
-    domain, params = Domain.of(params), detached(params)
+    Domain.of(params)
+    params = detached(params)
     leaves = flatten(params)[0]
     streamed = None
     if isinstance(batch, DataSet):
         streamed = Streamed(Walk.of(batch, generator))
         generator = streamed.walk.restarted()
-    inputs, targets = first_batch(batch)
-    tensors, frame = Frame.split((inputs, targets))
-    inputs, targets = frame.fill(tensors)
-    vectors = None
-    if generator is not None and isinstance(kind, SampledFisher):
-        with torch.no_grad():
-            outputs = on_leaves(model_fn, domain, inputs)(leaves)
-        kind.normalizer(outputs, targets)  # checks the targets
-        vectors = kind.vectors(outputs, targets, generator)
-
-    def trial(mode: str, k: int) -> None:
-        zeros = [x.new_zeros(k, *x.shape) for x in leaves]
-        multiply(kind, model_fn, params, (inputs, targets, vectors), zeros, (mode, k))
-
-    chosen, width = choose(trial, mode)
-    source: Source = Held(tensors, vectors, frame) if streamed is None else streamed
-    one = full_precision(leaves[0]).new_ones(())
-    return MatrixFree(params, source, one, model_fn, kind, chosen, width)
+    loader = None if streamed is None else streamed.loader
+    running = Running.now(leaves, loader) if is_eager() else Running()
+    replay = running.replay(leaves, loader)
+    with differentiable(), replay.isolated():
+        first = next(batches(batch))
+        replay.begin()
+        tensors, frame = Frame.split(first)
+        inputs, targets = frame.fill(tensors)
+        case = Case(kind, model_fn, params, inputs, targets, generator, running, replay)
+        case, found, chosen, width = settle(case, mode, all_data=streamed is None)
+        if streamed is not None:
+            if found is not None and found.draws:
+                check_order(batch, "the model draws random numbers, which belong to the order of the examples")
+        elif found is not None and kind.reduction == "mean":
+            check_counts(kind.normalizer(found.outputs, case.targets))
+        drawn = case.draws if isinstance(case.draws, Tensor) else None
+        source: Source = Held(tensors, drawn, frame) if streamed is None else streamed
+        one = full_precision(leaves[0]).new_ones(())
+    return MatrixFree(params, source, one, model_fn, kind, chosen, width, case.running)
 
 
 def ggn(

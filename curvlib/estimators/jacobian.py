@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from torch import Tensor
 from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import PytreeError, ShapeError
-from curvlib.estimators.linearization import Linearization, choose, each, linearize, on_leaves, twice_differentiable
-from curvlib.estimators.source import Frame, detached
+from curvlib.estimators.kinds import Unweighted
+from curvlib.estimators.linearization import Linearization, each, linearize
+from curvlib.estimators.running import Running, twice_differentiable
+from curvlib.estimators.source import Frame, cut, detached
+from curvlib.estimators.trial import Case, settle
+from curvlib.linalg.eager import differentiable, is_eager, ordinary
 from curvlib.operators.vectors import LinearMap, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static
 
@@ -26,8 +32,8 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None =
         model_fn: pure function (params, inputs) -> one tensor.
         params: pytree of floating-point tensors.
         inputs: pytree, passed on as it is.
-        mode: "forward", "reverse" (see `ggn`), or None: forward unless a first product with
-            a zero vector fails.
+        mode: "forward", "reverse" (see `ggn`), or None: forward, unless that fails in a trial or is not the transpose
+            of reverse mode.
 
     Returns:
         A `Jacobian`.
@@ -45,18 +51,20 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None =
         (torch.Size([5, 2]), torch.Size([2, 3]))
     """
     check_model(model_fn, params)
-    params, domain = detached(params), Domain.of(params)
-    tensors, frame = Frame.split(inputs)
-    fn, leaves = on_leaves(model_fn, domain, frame.fill(tensors)), flatten(params)[0]
-    value = fn(leaves)
-
-    def trial(mode: str, k: int) -> None:
-        with twice_differentiable():
-            line = linearize(fn, leaves, mode)
-            each(lambda v: line.pull(line.push(v)), [x.new_zeros(k, *x.shape) for x in leaves], k)
-
-    chosen, width = choose(trial, mode)
-    return Jacobian(params, tensors, model_fn, domain, frame, tuple(value.shape), chosen, width)
+    domain, params = Domain.of(params), detached(params)
+    leaves = flatten(params)[0]
+    running = Running.now(leaves) if is_eager() else Running()
+    replay = running.replay(leaves)
+    with differentiable(), replay.isolated():
+        tensors, frame = Frame.split(inputs)
+        case = Case(Unweighted(), model_fn, params, frame.fill(tensors), None, None, running, replay)
+        case, found, chosen, width = settle(case, mode, all_data=True)
+        if found is None:
+            with twice_differentiable():
+                shape = running.on_leaves(model_fn, domain, case.inputs, replay)(leaves).shape
+        else:
+            shape = found.outputs.shape
+    return Jacobian(params, tensors, model_fn, domain, frame, tuple(shape), chosen, width, case.running)
 
 
 @register
@@ -71,11 +79,16 @@ class Jacobian(LinearMap):
     output_shape: tuple[int, ...] = static()
     mode: str = static()
     width: int = static()
+    running: Running = static(default=Running())
 
-    def linearization(self) -> Linearization:
-        """The model around its parameters."""
-        fn = on_leaves(self.model_fn, self.domain, self.frame.fill(self.tensors))
-        return linearize(fn, flatten(self.params)[0], self.mode)
+    @contextlib.contextmanager
+    def linearized(self) -> Iterator[Linearization]:
+        """The model around its parameters, in surroundings in which it may be applied."""
+        leaves = flatten(self.params)[0]
+        replay = self.running.replay(leaves)
+        with replay.isolated(), twice_differentiable():
+            fn = self.running.on_leaves(self.model_fn, self.domain, self.frame.fill(self.tensors), replay)
+            yield linearize(fn, leaves, self.mode)
 
     def matmat(self, vectors: Tree) -> Tensor:
         """J v for k vectors stacked along a leading axis of every leaf: [k, *outputs.shape].
@@ -85,10 +98,11 @@ class Jacobian(LinearMap):
             DtypeError: a leaf is not of a floating dtype; the message names it.
         """
         dtype = widest(v.dtype for v in vector_leaves(vectors) if isinstance(v, Tensor))
-        stack = [v.to(x.dtype) for v, x in zip(self.domain.leaves(vectors, 1), flatten(self.params)[0], strict=True)]
-        with twice_differentiable():
-            product: Tensor = each(self.linearization().push, stack, self.width)
-        return product.to(dtype)
+        given = self.domain.leaves(vectors, 1)
+        with self.linearized() as line:
+            stack = [v.to(x.dtype) for v, x in zip(ordinary(given), flatten(self.params)[0], strict=True)]
+            product: Tensor = each(line.push, stack, self.width)
+            return cut([product.to(dtype)], given)[0]
 
     def matvec(self, v: Tree) -> Tensor:
         """J v, in the shape of the outputs and the widest dtype of the vector's leaves."""
@@ -129,10 +143,9 @@ class TransposedJacobian(LinearMap):
             raise PytreeError(f"expected cotangents of shape [k] + {shape}, got a {type(cotangents).__name__}")
         if tuple(cotangents.shape[1:]) != shape or not cotangents.ndim:
             raise ShapeError(f"expected cotangents of shape [k] + {shape}, got {tuple(cotangents.shape)}")
-        with twice_differentiable():
-            line = self.jacobian.linearization()
-            leaves = each(line.pull, cotangents.to(line.value.dtype), self.jacobian.width)
-        return self.jacobian.domain.tree([leaf.to(cotangents.dtype) for leaf in leaves])
+        with self.jacobian.linearized() as line:
+            leaves = each(line.pull, ordinary(cotangents).to(line.value.dtype), self.jacobian.width)
+            return self.jacobian.domain.tree(cut([leaf.to(cotangents.dtype) for leaf in leaves], [cotangents]))
 
     def matvec(self, u: Tensor) -> Tree:
         """J^T u, a pytree like params in the dtype of u."""

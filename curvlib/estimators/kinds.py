@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.estimators.linearization import LeafFn, Leaves, each, hessian_product, joined, linearize_along, together
+from curvlib.estimators.linearization import ElementCount, each, hessian_product, joined, linearize_along, together
+from curvlib.estimators.probe import Probe, hessian_by_autograd, hessian_disagreement, jacobian_disagreement
+from curvlib.estimators.running import LeafFn, Leaves
 from curvlib.losses import Loss, check_loss
 
 How = tuple[str, int]
@@ -35,6 +37,30 @@ class Kind(ABC):
             how: the mode of differentiation, and how many vectors at a time.
         """
 
+    @abstractmethod
+    def trial(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, found: Probe, how: How, count: ElementCount
+    ) -> tuple[Leaves, float]:
+        """`multiply` for the vectors of a probe, and how far derivatives are from those of its plain pass.
+
+        Args:
+            fn: see `multiply`, as for the others.
+            leaves: the parameters.
+            targets: of the batch.
+            draws: the batch's draws.
+            found: plain derivatives.
+            how: the mode, and how many vectors to stack, one or two.
+            count: counts what multiplication makes.
+        """
+
+    @abstractmethod
+    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
+        """The map u -> W u for u in the shape of the outputs: what is pulled back."""
+
+    @abstractmethod
+    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
+        """What a mean is divided by, 0-d; it checks that the targets fit."""
+
     @property
     @abstractmethod
     def reduction(self) -> str:
@@ -43,14 +69,6 @@ class Kind(ABC):
 
 class GaussNewton(Kind):
     """J^T W J with a weight W in output space, block-diagonal over examples."""
-
-    @abstractmethod
-    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
-        """The map u -> W u for u in the shape of the outputs."""
-
-    @abstractmethod
-    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
-        """What a mean is divided by, 0-d; it checks that the targets fit."""
 
     def multiply(
         self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, stack: Leaves, how: How
@@ -65,6 +83,16 @@ class GaussNewton(Kind):
             parts.append(each(lambda v: line.pull(weigh(line.push(v))), others, width))
         products: Leaves = joined(parts)
         return products, normalizer
+
+    def trial(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, found: Probe, how: How, count: ElementCount
+    ) -> tuple[Leaves, float]:
+        mode, width = how
+        with count:
+            line, images = linearize_along(fn, leaves, [v[:width] for v in found.tangents], mode)
+            weigh = self.weigh(line.value, targets, draws)
+            products: Leaves = together(lambda u: line.pull(weigh(u)), images)
+        return products, jacobian_disagreement(found, images, line.pull)
 
 
 @dataclass(frozen=True)
@@ -151,18 +179,33 @@ class SecondDerivative(Kind):
     def reduction(self) -> str:
         return self.loss.reduction
 
+    def normalizer(self, outputs: Tensor, targets: Any) -> Tensor:
+        return checked_normalizer(self.loss, outputs, targets)
+
+    def weigh(self, outputs: Tensor, targets: Any, draws: Draws) -> Callable[[Tensor], Tensor]:
+        return LossHessian(self.loss).weigh(outputs, targets, draws)
+
+    def objective(self, fn: LeafFn, targets: Any) -> LeafFn:
+        """The unreduced objective as a function of the parameters' leaves."""
+        return lambda leaves: self.loss.terms(fn(leaves), targets).sum()
+
     def multiply(
         self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, stack: Leaves, how: How
     ) -> tuple[Leaves, Tensor]:
         with torch.no_grad():
-            normalizer = checked_normalizer(self.loss, fn(leaves), targets)
-
-        def objective(leaves: Leaves) -> Tensor:
-            return self.loss.terms(fn(leaves), targets).sum()
-
+            normalizer = self.normalizer(fn(leaves), targets)
         mode, width = how
-        products: Leaves = each(hessian_product(objective, leaves, mode), stack, width)
+        products: Leaves = each(hessian_product(self.objective(fn, targets), leaves, mode), stack, width)
         return products, normalizer
+
+    def trial(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, found: Probe, how: How, count: ElementCount
+    ) -> tuple[Leaves, float]:
+        objective, (mode, width) = self.objective(fn, targets), how
+        with count:
+            products: Leaves = each(hessian_product(objective, leaves, mode), found.tangents, width)
+        gradient, expected = hessian_by_autograd(objective, leaves, found.tangents)
+        return products, hessian_disagreement(found.tangents, products, gradient, expected)
 
 
 def checked_normalizer(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:

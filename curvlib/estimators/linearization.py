@@ -8,28 +8,17 @@ old-style autograd functions work, which `torch.func` refuses.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from curvlib.capture.engines import ModelFn
-from curvlib.errors import ArgumentError, CaptureError
-from curvlib.functional import one_of_several
+from curvlib.estimators.running import LeafFn, Leaves
 from curvlib.linalg.eager import is_eager
-from curvlib.pytree import Domain
-
-MODES = ("forward", "reverse")
-ELEMENTS_AT_ONCE = 1 << 26  # of intermediate results that may be alive together when vectors are stacked
-
-Leaves = list[Tensor]
-LeafFn = Callable[[Leaves], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,25 +31,6 @@ class Linearization:
     value: Tensor
     push: Callable[[Leaves], Tensor]
     pull: Callable[[Tensor], Leaves]
-
-
-@contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Lets attention run by its formula: the fused kernels have no forward mode and can be differentiated once only."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def on_leaves(model_fn: ModelFn, domain: Domain, inputs: Any) -> LeafFn:
-    """The model's output as a function of the parameters' leaves."""
-
-    def outputs(leaves: Leaves) -> Tensor:
-        result = model_fn(domain.tree(leaves), inputs)
-        if not isinstance(result, Tensor):
-            raise CaptureError(one_of_several(result))
-        return result
-
-    return outputs
 
 
 def linearize(fn: LeafFn, leaves: Leaves, mode: str) -> Linearization:
@@ -90,12 +60,13 @@ def linearize_along(fn: LeafFn, leaves: Leaves, tangents: Leaves, mode: str) -> 
         return line, together(line.push, tangents)
 
     def images(leaves: Leaves) -> tuple[Tensor, Tensor]:
-        if len(tangents[0]) == 1:  # a model that vmap refuses can do one
-            dual: Any = torch.func.jvp(fn, (leaves,), ([v.squeeze(0) for v in tangents],))
-            return dual[0], dual[1].unsqueeze(0)
+        dual: Any
         vmap: Any = torch.func.vmap
-        both: tuple[Tensor, Tensor] = vmap(lambda v: torch.func.jvp(fn, (leaves,), (v,)), out_dims=(None, 0))(tangents)
-        return both
+        if len(tangents[0]) == 1:  # a model that vmap refuses can do one
+            dual = torch.func.jvp(fn, (leaves,), ([v.squeeze(0) for v in tangents],))
+            return dual[0], dual[1].unsqueeze(0)
+        dual = vmap(lambda v: torch.func.jvp(fn, (leaves,), (v,)), out_dims=(None, 0), randomness="same")(tangents)
+        return dual[0], dual[1]
 
     linear: Any = torch.func.vjp(images, leaves, has_aux=True)
     value, vjp, pushed = linear
@@ -149,7 +120,7 @@ def gradient(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, results, strict=True)]
 
 
-# --- stacks of vectors, and the choice of the mode ------------------------------------------------------------------
+# --- stacks of vectors ----------------------------------------------------------------------------------------------
 
 
 def each(product: Callable[[Any], Any], stack: Any, width: int) -> Any:
@@ -162,7 +133,7 @@ def each(product: Callable[[Any], Any], stack: Any, width: int) -> Any:
 def together(product: Callable[[Any], Any], stack: Any) -> Any:
     """A product of one vector applied to k stacked ones at once; to a single one without `torch.func.vmap`."""
     if len(torch_pytree.tree_leaves(stack)[0]) > 1:
-        return torch.func.vmap(product)(stack)
+        return torch.func.vmap(product, randomness="same")(stack)
     result = product(torch_pytree.tree_map(lambda x: x.squeeze(0), stack))
     return torch_pytree.tree_map(lambda x: x.unsqueeze(0), result)
 
@@ -183,35 +154,3 @@ class ElementCount(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         self.total += sum(x.numel() for x in torch_pytree.tree_leaves(result) if isinstance(x, Tensor))
         return result
-
-
-def choose(trial: Callable[[str, int], object], mode: str | None) -> tuple[str, int]:
-    """How to differentiate, and how many vectors at a time, found out by one trial.
-
-    Args:
-        trial: (mode, k) multiplies k stacked zero vectors.
-        mode: to be taken as given; None: forward mode unless it fails.
-
-    Raises:
-        ArgumentError: an unknown mode.
-        RuntimeError: whatever the model raises in the last resort, reverse mode and one vector at a time.
-    """
-    if mode is not None and mode not in MODES:
-        raise ArgumentError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
-    candidates = [(m, k) for m in ((mode,) if mode else MODES) for k in (2, 1)]
-    for candidate, k in candidates[:-1]:
-        try:
-            return candidate, count_width(trial, candidate, k)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # no forward mode, no batching rule: NotImplementedError and its bases, all of them
-            continue
-    candidate, k = candidates[-1]
-    return candidate, count_width(trial, candidate, k)
-
-
-def count_width(trial: Callable[[str, int], object], mode: str, k: int) -> int:
-    """Runs the trial; how many vectors to stack by the elements that one makes (1 where they cannot be stacked)."""
-    with ElementCount() as count:
-        trial(mode, k)
-    return 1 if k == 1 else max(1, ELEMENTS_AT_ONCE // max(1, count.total))

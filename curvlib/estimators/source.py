@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
 
 from curvlib import containers
 from curvlib.errors import ArgumentError
-from curvlib.estimators.data import Batch, DataSet, batches
+from curvlib.estimators.data import DataSet, batches, check_order, check_same_examples
 from curvlib.estimators.kinds import Draws
-from curvlib.linalg.eager import is_eager
+from curvlib.linalg.eager import is_eager, ordinary
 from curvlib.pytree import Domain, Tree, flatten, register, static
 
 
+class Slot:
+    """Stands, itself, where a tensor was: a class is the same object in every copy."""
+
+
 class Frame:
-    """The structure of a pytree, with those of its leaves that are not tensors: static, compared by identity."""
+    """The structure of a pytree, with those of its leaves that are not tensors: static for transforms."""
 
     def __init__(self, tree: Any) -> None:
         self.leaves, self.structure = containers.flatten(tree)
@@ -29,23 +32,42 @@ class Frame:
         """The tensors of a pytree, outside of any transform cut loose from the graph they are in, and the rest."""
         frame = cls(tree)
         tensors = tuple(leaf for leaf in frame.leaves if isinstance(leaf, Tensor))
-        frame.leaves = [slot if isinstance(leaf, Tensor) else leaf for leaf in frame.leaves]
-        return tuple(x.detach() for x in tensors) if is_eager() else tensors, frame
+        frame.leaves = [Slot if isinstance(leaf, Tensor) else leaf for leaf in frame.leaves]
+        return tuple(ordinary(x.detach()) for x in tensors) if is_eager() else tensors, frame
 
     def fill(self, tensors: Sequence[Tensor]) -> Any:
         """The pytree with these tensors in their places."""
         remaining = iter(tensors)
-        leaves = [next(remaining) if leaf is slot else leaf for leaf in self.leaves]
+        leaves = [next(remaining) if leaf is Slot else leaf for leaf in self.leaves]
         return containers.unflatten(leaves, self.structure)
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Frame) and self.plain == other.plain)
 
-slot = object()  # stands where a tensor was
+    def __hash__(self) -> int:
+        return hash(self.plain)
+
+    @property
+    def plain(self) -> tuple[str, tuple[Hashable, ...]]:
+        """What two frames have in common if they are equal: leaves that may change are told apart by identity."""
+        leaves = (leaf if isinstance(leaf, PLAIN) or leaf is Slot else id(leaf) for leaf in self.leaves)
+        return str(self.structure), tuple((type(leaf), leaf) for leaf in leaves)
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def detached(params: Tree) -> Tree:
     """Parameters cut loose from the graph they are in; under a transform gradients may be wanted, and they stay."""
     leaves, _ = flatten(params)
-    return Domain.of(params).tree([leaf.detach() if is_eager() else leaf for leaf in leaves])
+    return Domain.of(params).tree([ordinary(leaf.detach()) if is_eager() else leaf for leaf in leaves])
+
+
+def cut(results: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    """Products cut loose from the graph of what model_fn closes over, if no gradient in the vectors is wanted."""
+    if not is_eager() or any(v.requires_grad for v in vectors):
+        return results
+    return [x.detach() for x in results]
 
 
 @register
@@ -55,6 +77,10 @@ class Held:
     tensors: tuple[Tensor, ...]
     vectors: Tensor | None
     frame: Frame = static()
+
+    @property
+    def loader(self) -> None:
+        """None: nothing is read."""
 
     def batches(self) -> Iterator[tuple[Any, Any, Draws]]:
         """(inputs, targets, draws) of the one batch."""
@@ -74,7 +100,8 @@ class Walk:
         """A walk whose draws are settled by one number from the generator.
 
         Raises:
-            ArgumentError: the loader is a one-shot iterator; or it shuffles, and something is drawn.
+            ArgumentError: the loader is a one-shot iterator, or gives other examples each time; or it gives them in
+                random order, and something is drawn.
         """
         if isinstance(data.loader, Iterator):
             raise ArgumentError(
@@ -82,13 +109,10 @@ class Walk:
                 f"{type(data.loader).__name__}, is an iterator that can be read only once: give cv.over a list of "
                 "batches, a DataLoader, or any object whose __iter__ starts anew"
             )
+        check_same_examples(data, "every product with a matrix-free operator walks through the same examples")
         if generator is None:
             return cls(data, None, None)
-        if isinstance(data.loader, DataLoader) and isinstance(data.loader.sampler, RandomSampler):
-            raise ArgumentError(
-                "kind='mc' ties its draws to the order of the examples, but the loader shuffles them for each product; "
-                "use a DataLoader with shuffle=False, or kind='type-2'"
-            )
+        check_order(data, "kind='mc' ties its draws to the order of the examples (kind='type-2' has no draws)")
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         return cls(data, int(seed), generator.device)
 
@@ -105,16 +129,16 @@ class Streamed:
 
     walk: Walk = static()
 
+    @property
+    def loader(self) -> Any:
+        """What the batches are read from."""
+        return self.walk.data.loader
+
     def batches(self) -> Iterator[tuple[Any, Any, Draws]]:
         """(inputs, targets, draws) of every batch."""
         generator = self.walk.restarted()
         for inputs, targets in batches(self.walk.data):
-            yield inputs, targets, generator
+            yield *ordinary((inputs, targets)), generator
 
 
 Source = Held | Streamed
-
-
-def first_batch(batch: Batch | DataSet) -> Batch:
-    """The batch, or the first one of a data set."""
-    return next(batches(batch))

@@ -48,7 +48,8 @@ class SimultaneousKronecker(Lazy):
         >>> inverse = (Kronecker(one, two) + Kronecker(two, one)).inverse()
         >>> type(inverse).__name__, inverse.shape
         ('SimultaneousKronecker', (2, 2))
-        >>> torch.allclose((Kronecker(one, two) + Kronecker(two, one)) @ (inverse @ torch.eye(2)), torch.eye(2), atol=1e-5)
+        >>> total = Kronecker(one, two) + Kronecker(two, one)
+        >>> torch.allclose(total @ (inverse @ torch.eye(2)), torch.eye(2), atol=1e-5)
         True
     """
 

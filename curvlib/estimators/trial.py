@@ -1,0 +1,193 @@
+"""The choice of how to differentiate a model, and how many vectors at a time, found out by trials on one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from curvlib.capture.engines import ModelFn
+from curvlib.errors import ArgumentError, CaptureError, CurvlibError, NonFiniteError
+from curvlib.estimators.kinds import Draws, How, Kind, SampledFisher
+from curvlib.estimators.linearization import ElementCount
+from curvlib.estimators.probe import Probe, check_used, explained, probe
+from curvlib.estimators.running import Leaves, Replay, Running, twice_differentiable
+from curvlib.linalg.eager import is_eager
+from curvlib.pytree import Domain, Tree, flatten
+
+MODES = ("forward", "reverse")
+ELEMENTS_AT_ONCE = 1 << 26  # of intermediate results that may be alive together when vectors are stacked
+BLURRED = {torch.float32: 0.02}  # relative differences that rounding may make in deep models; in half precision .3
+
+
+class DisagreementError(RuntimeError):
+    """Products in this mode are not those of the model's gradients."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kind of curvature of a model on one batch."""
+
+    kind: Kind
+    model_fn: ModelFn
+    params: Tree
+    inputs: Any
+    targets: Any
+    draws: Draws
+    running: Running
+    replay: Replay
+
+    @property
+    def leaves(self) -> Leaves:
+        """The parameters' leaves."""
+        return flatten(self.params)[0]
+
+    def probed(self) -> tuple[Case, Probe]:
+        """Plain derivatives, and the case with what has become known of it: draws, and whether inputs are changed."""
+        drawn: list[Draws] = [self.draws]
+
+        def weigh(outputs: Tensor, u: Tensor) -> Tensor:
+            self.kind.normalizer(outputs, self.targets)  # checks the targets
+            if isinstance(self.kind, SampledFisher) and isinstance(self.draws, torch.Generator):
+                drawn[0] = self.kind.vectors(outputs, self.targets, self.draws)
+            return self.kind.weigh(outputs, self.targets, drawn[0])(u)
+
+        found = probe(self.model_fn, Domain.of(self.params), self.leaves, self.inputs, self.replay, weigh)
+        running = dataclasses.replace(self.running, writes=found.writes)
+        return dataclasses.replace(self, draws=drawn[0], running=running), found
+
+    def products(self, found: Probe, how: How, count: ElementCount) -> tuple[Leaves, float]:
+        """See `Kind.trial`."""
+        fn = self.running.on_leaves(self.model_fn, Domain.of(self.params), self.inputs, self.replay)
+        with twice_differentiable():
+            return self.kind.trial(fn, self.leaves, self.targets, self.draws, found, how, count)
+
+    def untested(self, how: How, count: ElementCount) -> None:
+        """Products with zeros, in a trace or a transform, where values cannot be looked at."""
+        zeros = [x.new_zeros(how[1], *x.shape) for x in self.leaves]
+        fn = self.running.on_leaves(self.model_fn, Domain.of(self.params), self.inputs, self.replay)
+        with twice_differentiable(), count:
+            self.kind.multiply(fn, self.leaves, self.targets, self.draws, zeros, how)
+
+    def in_double(self) -> Case:
+        """The same with every floating-point tensor in float64."""
+
+        def double(x: Tensor) -> Tensor:
+            return x.double() if x.is_floating_point() else x
+
+        moved = torch_pytree.tree_map_only(Tensor, double, (self.leaves, self.inputs, self.targets, self.draws))
+        leaves, inputs, targets, draws = moved
+        params = Domain.of(self.params).tree(leaves)
+        return dataclasses.replace(self, params=params, inputs=inputs, targets=targets, draws=draws)
+
+
+def settle(case: Case, mode: str | None, *, all_data: bool) -> tuple[Case, Probe | None, str, int]:
+    """Checks a model on one batch, and finds out how to multiply.
+
+    Args:
+        case: the batch.
+        mode: to be taken as given; None: forward mode unless it fails.
+        all_data: whether there are no other batches.
+
+    Returns:
+        The case with what has become known of it, plain derivatives (None where values cannot be looked at), the mode,
+        and how many vectors to multiply at a time.
+
+    Raises:
+        ArgumentError: an unknown mode.
+        CaptureError: the model is not pure, or no mode has products that agree with its gradients.
+        UnusedParameterError: the outputs do not depend on a parameter; names it.
+        NonFiniteError: a product is infinite or undefined.
+        RuntimeError: whatever the model raises in the last resort, reverse mode and one vector at a time.
+    """
+    if mode is not None and mode not in MODES:
+        raise ArgumentError(f"mode must be one of {', '.join(MODES)} or None, got {mode!r}")
+    found: Probe | None = None
+    if is_eager():
+        case, found = case.probed()
+        check_used(found, case.model_fn, Domain.of(case.params), case.params, case.inputs, all_data=all_data)
+    with explained():
+        return case, found, *choose(case, found, (mode,) if mode else MODES)
+
+
+def choose(case: Case, found: Probe | None, modes: tuple[str, ...]) -> tuple[str, int]:
+    """The first mode, and the larger number of vectors, that works."""
+    unlike: DisagreementError | NonFiniteError | None = None
+    failure: RuntimeError | None = None
+    for mode in modes:
+        for k in (2, 1):
+            count = ElementCount()
+            try:
+                attempt(case, found, (mode, k), count)
+            except torch.OutOfMemoryError:
+                raise
+            except (DisagreementError, NonFiniteError) as error:
+                unlike = error
+                break
+            except RuntimeError as error:  # no forward mode, no batching rule: NotImplementedError and its bases
+                failure = error
+            else:
+                return mode, 1 if k == 1 else max(1, ELEMENTS_AT_ONCE // max(1, count.total))
+    if isinstance(unlike, NonFiniteError):
+        raise unlike
+    if unlike is not None:
+        raise CaptureError(
+            f"{unlike}: model_fn changes gradients on their way back (a hook that clips them, a gradient reversal, an "
+            "autograd function whose backward is not its derivative), so that no curvature belongs to them: leave that "
+            "out of model_fn" + ("; or use mode='reverse'" if modes == ("forward",) else "")
+        ) from failure
+    assert failure is not None
+    raise failure
+
+
+def attempt(case: Case, found: Probe | None, how: How, count: ElementCount) -> None:
+    """Multiplies, and compares with plain derivatives; in low precision once more in float64 if they differ.
+
+    Raises:
+        DisagreementError: they do differ.
+        NonFiniteError: a product is infinite or undefined.
+        RuntimeError: the model cannot be differentiated so.
+    """
+    if found is None:
+        case.untested(how, count)
+        return
+    products, difference = case.products(found, how, count)
+    check_finite(case, found, products)
+    dtype = found.outputs.dtype
+    allowed = torch.finfo(dtype).eps ** 0.5
+    if difference > allowed and dtype != torch.float64:
+        try:
+            wider, again = case.in_double().probed()
+            exactly = wider.products(again, how, ElementCount())[1]
+            if again.outputs.dtype == torch.float64:
+                difference, allowed = exactly, torch.finfo(torch.float64).eps ** 0.5
+        except (RuntimeError, CurvlibError):  # it closes over tensors of another dtype
+            allowed = BLURRED.get(dtype, 0.3)
+    if difference > allowed:
+        raise DisagreementError(
+            f"products with the derivative in {how[0]} mode are not those of the model's gradients (they differ by "
+            f"{difference:.1g} of their size)"
+        )
+
+
+def check_finite(case: Case, found: Probe, products: Leaves) -> None:
+    """Refuses products with an infinite or undefined entry.
+
+    Raises:
+        NonFiniteError: names the parameter, and what else is not finite.
+    """
+    names = Domain.of(case.params).names
+    wrong = [name for name, x in zip(names, products, strict=True) if not torch.isfinite(x).all()]
+    causes = [f"parameter {name!r}" for name, x in zip(names, case.leaves, strict=True) if not torch.isfinite(x).all()]
+    for what, tree in (("the inputs", case.inputs), ("the outputs", found.outputs)):
+        tensors = [x for x in torch_pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+        if not all(torch.isfinite(x).all() for x in tensors):
+            causes.append(what)
+    if wrong and (causes or found.outputs.dtype != torch.float16):  # in half precision a product may just be too large
+        raise NonFiniteError(
+            f"a product with the curvature is inf or nan at parameter {wrong[0]!r}: "
+            + (f"inf or nan is in {', '.join(causes)}" if causes else "the model's derivative is not finite there")
+        )
