@@ -32,8 +32,8 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None =
         model_fn: pure function (params, inputs) -> one tensor.
         params: pytree of floating-point tensors.
         inputs: pytree, passed on as it is.
-        mode: "forward", "reverse" (see `ggn`), or None: forward, unless that fails in a trial or is not the transpose
-            of reverse mode.
+        mode: "forward", "reverse" (see `ggn`), or None: forward, unless that fails in a trial or disagrees with
+            reverse mode.
 
     Returns:
         A `Jacobian`.

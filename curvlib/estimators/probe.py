@@ -62,16 +62,17 @@ def probe(
         CaptureError: the model changes parameters in place, or gives other outputs each time it is called.
         EmptyBatchError: a tensor of the inputs, or the outputs, have no element.
     """
-    if any(x.numel() == 0 for x in torch_pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim):
+    if any(x.numel() == 0 for x in tensors(inputs) if x.ndim):
         raise EmptyBatchError("the batch is empty: a tensor of inputs has no element")
     roots = [leaf.detach().requires_grad_() for leaf in leaves]
     with twice_differentiable(), explained():
         copies = [root.clone() for root in roots]
         given = torch_pytree.tree_map_only(Tensor, torch.clone, inputs)
-        watched = [x for x in torch_pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        watched = [(x, y) for x, y in zip(*map(tensors, (given, inputs)), strict=True)]
         with replay.run(), only_torch_draws():
             value = one_tensor(model_fn(domain.tree(copies), given))
-        written = [name for name, copy in zip(domain.names, copies, strict=True) if copy._version]
+        pairs = zip(domain.names, copies, roots, strict=True)
+        written = [name for name, copy, root in pairs if changed(copy, root)]
         if written:
             raise CaptureError(
                 f"the model changes {', '.join(map(repr, written))} in place; model_fn must be pure: let it work on a "
@@ -88,9 +89,43 @@ def probe(
             cotangent = cotangent * (outputs.numel() ** 0.5 / cotangent.norm().clamp_min(torch.finfo(value.dtype).tiny))
         pulled: list[Tensor | None] = [None] * len(roots)
         if value.requires_grad:
-            pulled = list(torch.autograd.grad(value, roots, cotangent, allow_unused=True))
+            pulled = list(torch.autograd.grad(value, roots, cotangent, retain_graph=True, allow_unused=True))
+            check_linear(value, roots, cotangent, pulled)
     tangents = [normal(leaf, 2, seed=number + 1) for number, leaf in enumerate(leaves)]
-    return Probe(outputs, cotangent, pulled, tangents, any(x._version for x in watched), draws)
+    return Probe(outputs, cotangent, pulled, tangents, any(changed(x, y) for x, y in watched), draws)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The leaves that are tensors."""
+    return [x for x in torch_pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def changed(copy: Tensor, original: Tensor) -> bool:
+    """Whether a copy has been written to; what is written by way of ``.data`` leaves no other trace than its values."""
+    if copy._version or torch.equal(copy, original):
+        return copy._version > 0
+    nan = (copy != copy) & (original != original)  # not equal to itself
+    return not bool(((copy == original) | nan).all())
+
+
+def check_linear(value: Tensor, roots: Leaves, cotangent: Tensor, pulled: list[Tensor | None]) -> None:
+    """Refuses a model whose backward pass is not linear, as where hooks clip gradients.
+
+    A multiple by a power of two is pulled back: rounding makes no difference. Half precision may overflow, which is
+    left alone.
+
+    Raises:
+        CaptureError: the backward pass is not linear.
+    """
+    factor = 16.0 if value.dtype == torch.float16 else 2.0**20
+    larger = torch.autograd.grad(value, roots, factor * cotangent, allow_unused=True)
+    pairs = [(g, h / factor) for g, h in zip(pulled, larger, strict=True) if g is not None and h is not None]
+    difference = torch.stack([(g - h).norm() for g, h in pairs]).norm() if pairs else torch.zeros(())
+    if torch.isfinite(difference) and difference > 1e-3 * torch.stack([g.norm() for g, _ in pairs]).norm():
+        raise CaptureError(
+            "the model changes gradients on their way back, and not linearly (a hook that clips or normalizes them): "
+            "no curvature belongs to such gradients; leave that out of model_fn"
+        )
 
 
 def normal(like: Tensor, *stack: int, seed: int) -> Tensor:
@@ -201,8 +236,7 @@ def check_used(found: Probe, model_fn: ModelFn, domain: Domain, params: Any, inp
 def jacobian_disagreement(found: Probe, images: Tensor, pull: Callable[[Tensor], Leaves]) -> float:
     """How far J v and J^T u are from being one map and its transpose, that of plain reverse mode, relative to both.
 
-    <u, J v> = <J^T u, v> is compared with the size that rounding errors of such sums have. A multiple of u is pulled
-    back, so that what clips or normalizes gradients is noticed.
+    <u, J v> = <J^T u, v> is compared with the size that rounding errors of such sums have.
     """
     pairs = zip(found.tangents, found.gradient, strict=True)
     gradients = [torch.zeros_like(v[0]) if g is None else g for v, g in pairs]
@@ -212,9 +246,8 @@ def jacobian_disagreement(found: Probe, images: Tensor, pull: Callable[[Tensor],
         there = nonzero(found.cotangent, image)
         back = torch.cat([(g * v[number]).flatten() for g, v in zip(gradients, found.tangents, strict=True)])
         worst = max(worst, ratio(there.sum() - back.sum(), there.norm() + back.norm(), floor))
-    factor = 16.0 if found.outputs.dtype == torch.float16 else 2.0**20
-    pulled = pull(factor * found.cotangent)
-    difference = torch.stack([(p / factor - g).norm() for p, g in zip(pulled, gradients, strict=True)]).norm()
+    pulled = pull(found.cotangent)
+    difference = torch.stack([(p - g).norm() for p, g in zip(pulled, gradients, strict=True)]).norm()
     return max(worst, ratio(difference, torch.stack([g.norm() for g in gradients]).norm(), floor))
 
 

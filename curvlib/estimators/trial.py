@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -20,7 +21,7 @@ from curvlib.pytree import Domain, Tree, flatten
 
 MODES = ("forward", "reverse")
 ELEMENTS_AT_ONCE = 1 << 26  # of intermediate results that may be alive together when vectors are stacked
-BLURRED = {torch.float32: 0.02}  # relative differences that rounding may make in deep models; in half precision .3
+BLURRED = {torch.float32: 0.03}  # relative differences that rounding may make in deep models; in half precision .3
 
 
 class DisagreementError(RuntimeError):
@@ -114,14 +115,15 @@ def settle(case: Case, mode: str | None, *, all_data: bool) -> tuple[Case, Probe
 
 
 def choose(case: Case, found: Probe | None, modes: tuple[str, ...]) -> tuple[str, int]:
-    """The first mode, and the larger number of vectors, that works."""
+    """The first mode, and the larger number of vectors, that works; the mode in less doubt if there is some in all."""
     unlike: DisagreementError | NonFiniteError | None = None
     failure: RuntimeError | None = None
+    doubtful: list[tuple[float, str, int]] = []
     for mode in modes:
         for k in (2, 1):
             count = ElementCount()
             try:
-                attempt(case, found, (mode, k), count)
+                doubt = attempt(case, found, (mode, k), count)
             except torch.OutOfMemoryError:
                 raise
             except (DisagreementError, NonFiniteError) as error:
@@ -129,48 +131,61 @@ def choose(case: Case, found: Probe | None, modes: tuple[str, ...]) -> tuple[str
                 break
             except RuntimeError as error:  # no forward mode, no batching rule: NotImplementedError and its bases
                 failure = error
-            else:
-                return mode, 1 if k == 1 else max(1, ELEMENTS_AT_ONCE // max(1, count.total))
+                continue
+            width = 1 if k == 1 else max(1, ELEMENTS_AT_ONCE // max(1, count.total))
+            if not doubt:
+                return mode, width
+            doubtful.append((doubt, mode, width))
+            break
+    if doubtful:
+        _, mode, width = min(doubtful, key=lambda x: x[0] if x[1] == "forward" else 4 * x[0])
+        return mode, width
     if isinstance(unlike, NonFiniteError):
         raise unlike
     if unlike is not None:
         raise CaptureError(
-            f"{unlike}: model_fn changes gradients on their way back (a hook that clips them, a gradient reversal, an "
-            "autograd function whose backward is not its derivative), so that no curvature belongs to them: leave that "
-            "out of model_fn" + ("; or use mode='reverse'" if modes == ("forward",) else "")
+            f"{unlike}: model_fn changes gradients on their way back (a hook, or an autograd function "
+            "whose backward is not its derivative), so that no curvature belongs to them: leave that out of model_fn"
+            + ("; or use mode='reverse'" if modes == ("forward",) else "")
         ) from failure
     assert failure is not None
     raise failure
 
 
-def attempt(case: Case, found: Probe | None, how: How, count: ElementCount) -> None:
+def attempt(case: Case, found: Probe | None, how: How, count: ElementCount) -> float:
     """Multiplies, and compares with plain derivatives; in low precision once more in float64 if they differ.
 
+    Returns:
+        How large a difference remains that may be rounding, relative to the products; 0 if there is none.
+
     Raises:
-        DisagreementError: they do differ.
+        DisagreementError: they differ by more than that.
         NonFiniteError: a product is infinite or undefined.
         RuntimeError: the model cannot be differentiated so.
     """
     if found is None:
         case.untested(how, count)
-        return
+        return 0.0
     products, difference = case.products(found, how, count)
     check_finite(case, found, products)
     dtype = found.outputs.dtype
     allowed = torch.finfo(dtype).eps ** 0.5
-    if difference > allowed and dtype != torch.float64:
-        try:
+    if difference <= allowed:
+        return 0.0
+    if dtype != torch.float64:
+        allowed = BLURRED.get(dtype, 0.3)
+        with contextlib.suppress(RuntimeError, CurvlibError):  # it may close over tensors of another dtype
             wider, again = case.in_double().probed()
             exactly = wider.products(again, how, ElementCount())[1]
             if again.outputs.dtype == torch.float64:
-                difference, allowed = exactly, torch.finfo(torch.float64).eps ** 0.5
-        except (RuntimeError, CurvlibError):  # it closes over tensors of another dtype
-            allowed = BLURRED.get(dtype, 0.3)
+                difference = exactly if exactly > torch.finfo(torch.float64).eps ** 0.5 else 0.0
+                allowed = 0.0
     if difference > allowed:
         raise DisagreementError(
             f"products with the derivative in {how[0]} mode are not those of the model's gradients (they differ by "
             f"{difference:.1g} of their size)"
         )
+    return difference
 
 
 def check_finite(case: Case, found: Probe, products: Leaves) -> None:
