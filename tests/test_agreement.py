@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from exactness_problems import generator, normal, randomized
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import curvlib as cv
 from curvlib.errors import CaptureError
@@ -68,6 +69,13 @@ def grad_disabled(x: Tensor) -> Tensor:
     with torch.set_grad_enabled(False):
         parts = x.exp().chunk(2, 1)
     return torch.cat(parts, 1)
+
+
+class Checkpointed(nn.Sequential):
+    """Layers under activation checkpointing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
 
 
 class Backwards(torch.autograd.Function):
@@ -128,6 +136,10 @@ MODELS: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "padding, torch.embedding": lambda: (
         lambda p, x: torch.embedding(p["w"], x, 1).flatten(1) @ p["v"],
         {"v": normal(1, 6, 2), "w": normal(2, 4, 3)},
+        torch.randint(4, (5, 2), generator=generator(1)),
+    ),
+    "padding, checkpointed": lambda: of_module(
+        Checkpointed(nn.Embedding(4, 3, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)),
         torch.randint(4, (5, 2), generator=generator(1)),
     ),
     "sparse": lambda: of_module(

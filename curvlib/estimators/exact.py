@@ -86,8 +86,8 @@ class MatrixFree(Implicit):
         normalizer = torch.zeros_like(self.scale)
         replay = self.running.replay(params, self.source.loader)
         with differentiable(), replay.isolated():
-            given = ordinary(leaves)
-            stack = [v.reshape(number, *x.shape).to(x.dtype) for v, x in zip(given, params, strict=True)]
+            pairs = zip(leaves, params, strict=True)
+            stack = [ordinary(v).reshape(number, *x.shape).to(x.dtype) for v, x in pairs]
             for inputs, targets, draws in self.source.batches():
                 replay.begin()
                 fn = self.running.on_leaves(self.model_fn, domain, inputs, replay)

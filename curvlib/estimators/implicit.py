@@ -35,7 +35,7 @@ def ravel_rows(vectors: Tree) -> Tensor:
 def unravel_rows(rows: Tensor, domain: Domain) -> Tree:
     """The inverse of `ravel_rows`."""
     parts = rows.split([math.prod(shape) for shape in domain.shapes], 1)
-    return domain.tree([part.reshape(-1, *shape) for part, shape in zip(parts, domain.shapes, strict=True)])
+    return domain.tree([part.reshape(len(rows), *shape) for part, shape in zip(parts, domain.shapes, strict=True)])
 
 
 class Implicit(Lazy):

@@ -100,7 +100,7 @@ class Jacobian(LinearMap):
         dtype = widest(v.dtype for v in vector_leaves(vectors) if isinstance(v, Tensor))
         given = self.domain.leaves(vectors, 1)
         with self.linearized() as line:
-            stack = [v.to(x.dtype) for v, x in zip(ordinary(given), flatten(self.params)[0], strict=True)]
+            stack = [ordinary(v).to(x.dtype) for v, x in zip(given, flatten(self.params)[0], strict=True)]
             product: Tensor = each(line.push, stack, self.width)
             return cut([product.to(dtype)], given)[0]
 

@@ -18,7 +18,7 @@ from curvlib.capture import plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import CaptureError, EmptyBatchError, UnusedParameterError
 from curvlib.estimators.linearization import gradient
-from curvlib.estimators.running import LeafFn, Leaves, Replay, one_tensor, twice_differentiable
+from curvlib.estimators.running import Formulas, LeafFn, Leaves, Replay, one_tensor, twice_differentiable
 from curvlib.pytree import Domain
 
 Weigh = Callable[[Tensor, Tensor], Tensor]  # (outputs, u) -> u, as it is pulled back in a product
@@ -69,7 +69,7 @@ def probe(
         copies = [root.clone() for root in roots]
         given = torch_pytree.tree_map_only(Tensor, torch.clone, inputs)
         watched = [(x, y) for x, y in zip(*map(tensors, (given, inputs)), strict=True)]
-        with replay.run(), only_torch_draws():
+        with replay.run(), only_torch_draws(), Formulas():
             value = one_tensor(model_fn(domain.tree(copies), given))
         pairs = zip(domain.names, copies, roots, strict=True)
         written = [name for name, copy, root in pairs if changed(copy, root)]
@@ -144,7 +144,7 @@ def check_repeats(
         CaptureError: it does.
     """
     copies, given = torch_pytree.tree_map_only(Tensor, torch.clone, (leaves, inputs))
-    with torch.no_grad(), replay.run():
+    with torch.no_grad(), replay.run(), Formulas():
         again = one_tensor(model_fn(domain.tree(copies), given))
     difference = (again - outputs if again.shape == outputs.shape else outputs).nan_to_num(posinf=0, neginf=0)
     finite = outputs.nan_to_num(posinf=0, neginf=0)
@@ -240,7 +240,7 @@ def jacobian_disagreement(found: Probe, images: Tensor, pull: Callable[[Tensor],
     """
     pairs = zip(found.tangents, found.gradient, strict=True)
     gradients = [torch.zeros_like(v[0]) if g is None else g for v, g in pairs]
-    floor = torch.finfo(found.outputs.dtype).eps * 100 * float(nonzero(found.cotangent, found.outputs).norm())
+    floor = torch.finfo(found.outputs.dtype).eps * 100 * float(nonzero(found.cotangent, found.outputs).norm().detach())
     worst = 0.0
     for number, image in enumerate(images):
         there = nonzero(found.cotangent, image)
@@ -257,7 +257,7 @@ def hessian_disagreement(tangents: Leaves, products: Leaves, gradient: Leaves, e
         torch.cat([(v[i] * h[1 - i]).flatten() for v, h in zip(tangents, products, strict=True)]) for i in (0, 1)
     )
     size = torch.stack([g.norm() for g in gradient]).norm()
-    floor = torch.finfo(size.dtype).eps * 100 * float(size)
+    floor = torch.finfo(size.dtype).eps * 100 * float(size.detach())
     worst = ratio(first.sum() - second.sum(), first.norm() + second.norm(), floor)
     if expected is None:
         return worst
@@ -272,8 +272,8 @@ def nonzero(u: Tensor, image: Tensor) -> Tensor:
 
 def ratio(difference: Tensor, size: Tensor, floor: float) -> float:
     """The relative size of a difference; 0 for one that is undefined or below the floor."""
-    value = float(difference.abs())
-    return value / (float(size) + floor) if value > floor else 0.0
+    value = float(difference.detach().abs())
+    return value / (float(size.detach()) + floor) if value > floor else 0.0
 
 
 def hessian_by_autograd(objective: LeafFn, leaves: Leaves, tangents: Leaves) -> tuple[Leaves, Leaves | None]:

@@ -38,27 +38,36 @@ def twice_differentiable() -> Iterator[None]:
     Attention runs by its formula: the fused kernels have no forward mode and can be differentiated once only. Gradients
     are recorded, whatever surrounds the caller.
     """
-    with differentiable(), uncompiled(), sdpa_kernel(SDPBackend.MATH), Formulas():
+    with differentiable(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 class Formulas(TorchFunctionMode):
-    """Makes a model's calls differentiable in both modes, to the same derivative.
+    """Makes a model's calls have the same derivative in forward mode as in reverse mode.
 
-    Nothing flows through what is computed where gradients are disabled: there forward mode alone would carry tangents.
-    Embeddings have dense gradients, and no tangent where padding has no gradient. That a mode is active keeps modules
-    of attention off their inference path, which has no derivative.
+    Under a transform nothing flows through what is computed where gradients are disabled, or through padding of
+    embeddings: forward mode alone would carry tangents there. Embeddings have dense gradients. That a mode is active
+    keeps modules of attention off their path for inference, which has no derivative.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rewrite = REWRITES.get(func)
         result = func(*args, **kwargs) if rewrite is None else rewrite(*args, **kwargs)
-        return result if torch.is_grad_enabled() else stopped(result, (args, kwargs))
+        if torch.is_grad_enabled() or not transformed():
+            return result
+        return stopped(result, (args, kwargs))
+
+
+def transformed() -> bool:
+    """Whether a `torch.func` transform is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def stopped(result: Any, operands: Any) -> Any:
     """A result through which no derivative flows; what was written in place is still what it was."""
+    if not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size):
+        return result
     written = [x for x in torch_pytree.tree_leaves(operands) if isinstance(x, Tensor)]
     return torch_pytree.tree_map_only(Tensor, lambda x: x if any(x is y for y in written) else x.detach(), result)
 
@@ -74,8 +83,8 @@ def embedding(
 ) -> Tensor:
     """`torch.nn.functional.embedding` with the same derivative in forward and in reverse mode."""
     check_table("embedding", max_norm, scale_grad_by_freq)
-    rows = F.embedding(input, weight)
-    if padding_idx is None:
+    rows = F.embedding(input, weight, padding_idx)
+    if padding_idx is None or not transformed():
         return rows
     padded = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
     return torch.where(padded, rows.detach(), rows)
@@ -199,7 +208,7 @@ class Running:
 
         def outputs(leaves: Leaves) -> Tensor:
             copies = [x.clone() if isinstance(x, Tensor) else x for x in given] if self.writes else list(given)
-            with replay.run():
+            with replay.run(), Formulas():
                 result = model_fn(domain.tree(leaves), torch_pytree.tree_unflatten(copies, structure))
             return one_tensor(result)
 

@@ -74,16 +74,12 @@ def ordinary(tree: Any) -> Any:
         >>> made_there.is_inference(), ordinary({"w": made_there})["w"].is_inference()
         (True, False)
     """
-    if torch.compiler.is_compiling():
-        return tree
-
-    def copy(x: Tensor) -> Tensor:
-        if not x.is_inference():
-            return x
+    if isinstance(tree, Tensor):
+        if torch.compiler.is_compiling() or not tree.is_inference():
+            return tree
         with torch.inference_mode(False):
-            return x.detach().clone()
-
-    return containers.map_tensors(copy, tree)
+            return tree.detach().clone()
+    return containers.map_tensors(ordinary, tree)
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def solutions(
         operator = operator.widened(widest([dtype, operator.dtype]))
 
         def product(stack: Tensor) -> Tensor:
-            parts = [x.reshape(-1, *shape) for x, shape in zip(stack.split(widths, 1), shapes, strict=True)]
+            parts = [x.reshape(len(stack), *shape) for x, shape in zip(stack.split(widths, 1), shapes, strict=True)]
             images = flatten(operator.matmat(unflatten(structure, parts)))[0]
             return torch.cat([x.reshape(len(stack), width) for x, width in zip(images, widths, strict=True)], 1)
 
