@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Set
@@ -41,7 +42,8 @@ class Functional:
         own = {name: ordinary(p) for name, p in self.module.named_parameters() if p.is_inference()}
         unpacked = isinstance(inputs, Mapping) and self.keywords.meant_by(inputs.keys())
         args, kwargs = ((), dict(inputs)) if unpacked else ((inputs,), {})
-        with uncompiled():
+        compiled = any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in self.module.modules())
+        with uncompiled() if compiled else contextlib.nullcontext():
             outputs = torch.func.functional_call(self.module, {**buffers, **own, **params}, args, kwargs)
         return outputs if self.output is None else chosen(outputs, self.output)
 

@@ -58,6 +58,18 @@ def test_compiled_code_runs_as_it_was_written_and_is_compiled_again_afterwards()
     assert calls
 
 
+def test_curvature_can_be_taken_between_two_graphs_of_a_compiled_function() -> None:
+    model_fn, params = cv.functional(nn.Linear(3, 2).double())
+    batch = (normal(0, 5, 3), torch.tensor([0, 1, 1, 0, 1]))
+
+    def step(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x * cv.ggn(model_fn, params, batch).trace()
+
+    compiled = torch.compile(step, backend="eager")
+    assert torch.allclose(compiled(batch[0]), step(batch[0]))
+
+
 class Net(nn.Module):
     """A network whose first layer is compiled on its own."""
 

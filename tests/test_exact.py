@@ -290,3 +290,13 @@ def test_wrong_arguments_are_refused_when_the_operator_is_made() -> None:
         fisher(case.model_fn, case.params, case.batch, kind="forward-only")
     with pytest.raises(PytreeError):
         ggn(case.model_fn, case.params, case.batch) @ {"w": torch.zeros(3)}
+
+
+@modes
+@pytest.mark.parametrize("make", [ggn, hessian, gramian])
+def test_products_compile_into_one_graph(make: Callable[..., MatrixFree], mode: str) -> None:
+    case = mlp()
+    curv = make(case.model_fn, case.params, case.batch, mode=mode)
+    compiled = torch.compile(lambda v: curv.matvec(v), backend="eager", fullgraph=True)
+    torch.compiler.reset()
+    assert_close(cv.ravel(compiled(case.params)), cv.ravel(curv @ case.params))

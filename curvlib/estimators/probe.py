@@ -45,6 +45,7 @@ class Probe:
     draws: bool
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def probe(
     model_fn: ModelFn, domain: Domain, leaves: Leaves, inputs: Any, replay: Replay, weigh: Weigh | None = None
 ) -> Probe:

@@ -66,12 +66,13 @@ class Case:
         with twice_differentiable():
             return self.kind.trial(fn, self.leaves, self.targets, self.draws, found, how, count)
 
-    def untested(self, how: How, count: ElementCount) -> None:
-        """Products with zeros, in a trace or a transform, where values cannot be looked at."""
+    def untested(self, how: How, count: ElementCount) -> float:
+        """Multiplies zeros, in a trace or a transform, where values cannot be looked at: no difference is found."""
         zeros = [x.new_zeros(how[1], *x.shape) for x in self.leaves]
         fn = self.running.on_leaves(self.model_fn, Domain.of(self.params), self.inputs, self.replay)
         with twice_differentiable(), count:
             self.kind.multiply(fn, self.leaves, self.targets, self.draws, zeros, how)
+        return 0.0
 
     def in_double(self) -> Case:
         """The same with every floating-point tensor in float64."""
@@ -123,7 +124,7 @@ def choose(case: Case, found: Probe | None, modes: tuple[str, ...]) -> tuple[str
         for k in (2, 1):
             count = ElementCount()
             try:
-                doubt = attempt(case, found, (mode, k), count)
+                doubt = case.untested((mode, k), count) if found is None else attempt(case, found, (mode, k), count)
             except torch.OutOfMemoryError:
                 raise
             except (DisagreementError, NonFiniteError) as error:
@@ -152,7 +153,8 @@ def choose(case: Case, found: Probe | None, modes: tuple[str, ...]) -> tuple[str
     raise failure
 
 
-def attempt(case: Case, found: Probe | None, how: How, count: ElementCount) -> float:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attempt(case: Case, found: Probe, how: How, count: ElementCount) -> float:
     """Multiplies, and compares with plain derivatives; in low precision once more in float64 if they differ.
 
     Returns:
@@ -163,9 +165,6 @@ def attempt(case: Case, found: Probe | None, how: How, count: ElementCount) -> f
         NonFiniteError: a product is infinite or undefined.
         RuntimeError: the model cannot be differentiated so.
     """
-    if found is None:
-        case.untested(how, count)
-        return 0.0
     products, difference = case.products(found, how, count)
     check_finite(case, found, products)
     dtype = found.outputs.dtype

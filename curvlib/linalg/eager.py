@@ -58,11 +58,12 @@ def differentiable() -> Iterator[None]:
         >>> gradient
         tensor([2., 2.])
     """
-    with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        yield
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        with torch.enable_grad():
+            yield
+    else:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
 
 
 def ordinary(tree: Any) -> Any:
@@ -92,8 +93,11 @@ def uncompiled() -> Iterator[None]:
         ...     torch.func.jvp(double, (torch.ones(2),), (torch.ones(2),))[1]
         tensor([2., 2.])
     """
-    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # nothing is compiled before it is imported
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # it compiles
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    stance: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    with contextlib.suppress(RuntimeError):  # in what torch.compile runs between two graphs, it may not be changed
+        stance = torch.compiler.set_stance("force_eager")
+    with stance:
         yield
