@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvlib.errors import ArgumentError, DeviceError, PytreeError
 from curvlib.functional import Functional
 from curvlib.operators.base import Operator
-from curvlib.pytree import Domain, Tree, flatten
+from curvlib.pytree import Domain, Tree, flatten, names
 
 WRITE = "write model_fn, params = cv.functional(module)"
 
@@ -46,14 +46,15 @@ def check_params(params: Tree, *, valued: bool = True) -> None:
             f"params is a {type(params).__name__}, not a pytree of tensors (module.parameters() and "
             f"module.named_parameters() are none either): {WRITE}, or dict(module.named_parameters())"
         )
-    domain = Domain.of(params)
     leaves = flatten(params)[0]
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.dtype.is_floating_point for leaf in leaves):
+        Domain.of(params)  # names the leaf
     if len({leaf.device for leaf in leaves}) > 1:
-        devices = {name: str(leaf.device) for name, leaf in zip(domain.names, leaves, strict=True)}
+        devices = {name: str(leaf.device) for name, leaf in zip(names(params), leaves, strict=True)}
         raise DeviceError(f"parameters live on different devices: {devices}; move them to one")
     if valued and leaves[0].device.type == "meta":
         raise DeviceError(
-            f"parameter {domain.names[0]!r} is on the meta device and has no values: give the module memory by "
+            f"parameter {names(params)[0]!r} is on the meta device and has no values: give the module memory by "
             "module.to_empty(device=...), and load its weights"
         )
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from curvlib import containers
 from curvlib.errors import ArgumentError, DeviceError, DtypeError, EmptyBatchError, TargetError
-from curvlib.functional import one_of_several
 from curvlib.linalg.gram import full_precision
 
 REDUCTIONS = ("mean", "sum")
@@ -58,7 +57,10 @@ class Loss(abc.ABC):
             DeviceError: targets live on another device than outputs that have values.
         """
         if not isinstance(outputs, Tensor):
-            raise TargetError(one_of_several(outputs))
+            raise TargetError(
+                f"{self._name} expected the model's outputs to be one tensor [N, ...], got {_describe(outputs)}; "
+                "cv.functional(module, output=...) chooses one of several"
+            )
         if outputs.ndim == 0:
             raise TargetError(f"{self._name} expected outputs [N, ...] with a leading axis of examples, got a scalar")
         if not outputs.dtype.is_floating_point:
