@@ -219,7 +219,7 @@ def test_factors_are_merged_in_the_wider_dtype(
         assert merged.dtypes == {torch.promote_types(*pair)}
 
 
-@pytest.mark.parametrize("pair", itertools.product(DTYPES, DTYPES), ids=str)
+@pytest.mark.parametrize("pair", list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_sides_of_two_dtypes_are_multiplied_in_the_wider(pair: tuple[torch.dtype, torch.dtype]) -> None:
     random = Random(generator(0))
     left, right = random.definite(3), random.definite(2)
