@@ -368,7 +368,11 @@ FIRST_LEAVES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrap", [list, lambda pair: dict(zip("ab", pair, strict=True)), Pair._make], ids=["list", "dict", "named tuple"])
+@pytest.mark.parametrize(
+    "wrap",
+    [list, lambda pair: dict(zip("ab", pair, strict=True)), Pair._make],
+    ids=["list", "dict", "named tuple"],
+)
 @pytest.mark.parametrize("leaf", FIRST_LEAVES)
 def test_inputs_that_begin_with_a_number_work_over_a_loader(leaf: str, wrap: Callable[[Any], Any]) -> None:
     generator = torch.Generator().manual_seed(0)
