@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from curvlib.capture.aliases import COPIES, LIKE, Aliases, graph_of, parameters, storage, tensors_in
 from curvlib.capture.choices import Choices
 from curvlib.capture.examples import Examples, expand_examples
-from curvlib.capture.flow import Flow
+from curvlib.capture.flow import Content, ExpansionError, Flow
 from curvlib.capture.operations import RESHAPING
 from curvlib.capture.plan import Chosen, Route, Site, Size
 from curvlib.capture.routing import counted
@@ -43,10 +43,6 @@ class Product:
 
 
 WRITES_TO_LEAF = "a leaf Variable that requires grad"  # in torch's message
-
-
-class ExpansionError(Exception):
-    """A site's output cannot be given an axis of examples."""
 
 
 class Discover(TorchFunctionMode):
@@ -180,6 +176,8 @@ class Discover(TorchFunctionMode):
         if rows is None and self.expand:
             result = expand_examples(result, self.examples.number)
             self.expanded[storage(result)] = result
+            if self.examples.marked:
+                self.flow.hold(result, Content(None, 1, given=True))
         sizes = self.examples.sizes(output)
         scattered = self.flow.scattered(result)
         if scattered in RESHAPING:

@@ -49,11 +49,17 @@ class Content:
         behind: entries an example has behind each other on the axis of examples. It is all of them if they lie
             together (example-major), and 1 for batches in a row.
         scattered: the operation after which those of an example do not lie together any more.
+        given: it depends on no input: the axis of examples was given to it.
     """
 
     mixed: str | None
     behind: int
     scattered: str | None = None
+    given: bool = False
+
+
+class ExpansionError(Exception):
+    """A site's output cannot be given an axis of examples."""
 
 
 class Flow:
@@ -162,6 +168,9 @@ class Flow:
         mixed = next((content.mixed for _, content in found if content.mixed is not None), None)
         if mixed is None:
             mixed = self.mixing(name, arguments, [x for x, _ in found], outputs)
+        given = all(content.given for _, content in found)
+        if given and mixed is not None:
+            raise ExpansionError(f"{mixed} that was given to a parameter")
         for output in outputs:
             behind = self.behind(name, arguments, found, output)
             if mixed is None and behind == 0 and name in RESHAPING:
@@ -169,11 +178,11 @@ class Flow:
             scattered = None
             if behind != self.multiple(output):
                 scattered = next((content.scattered for _, content in found if content.scattered is not None), name)
-            self.hold(output, Content(mixed, behind, scattered))
+            self.hold(output, Content(mixed, behind, scattered, given))
         for target in targets:
             key = storage(target)
             if self.written.get(key, Content(None, 1)).mixed is None:
-                self.written[key] = Content(mixed, self.multiple(target))
+                self.written[key] = Content(mixed, self.multiple(target), given=given)
 
     def behind(
         self, name: str, arguments: dict[str, Any], found: Sequence[tuple[Tensor, Content]], output: Tensor

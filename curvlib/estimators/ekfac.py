@@ -17,6 +17,7 @@ import torch
 
 from curvlib.arguments import check_model
 from curvlib.capture import Plan
+from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError, NotKroneckerError, naming
@@ -29,13 +30,13 @@ from curvlib.estimators.correction import (
     Totals,
     TraceMoments,
 )
-from curvlib.estimators.data import Batch, DataSet, repeatable
+from curvlib.estimators.data import Batch, DataSet, batches, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import UseSums, added, assemble, check_finite, kronecker_block
 from curvlib.estimators.gradients import spread
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import curvature_dtype, measure_all
+from curvlib.estimators.statistics import curvature_dtype, measure_all, require_examples
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
@@ -109,6 +110,9 @@ def ekfac(
     if not isinstance(batch, DataSet) and fisher != "type-2" and mc_samples == 1:
         options = Options(loss, fisher, sharing, mc_samples, elementwise, "sum", wide, engine)
         return corrected_in_one_pass(model_fn, params, batch, options, generator, plan, correction)
+    first = make_plan(model_fn, params, next(batches(batch))[0]) if plan is None else plan
+    require_examples(first)  # before the data is gone through
+    plan = plan if isinstance(batch, DataSet) else first
     again = None if generator is None else generator.clone_state()
     shared: dict[str, Any] = {"loss": loss, "fisher": fisher, "mc_samples": mc_samples, "engine": engine, "plan": plan}
     factors = kfac(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from curvlib.capture.aliases import tensors_in
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
-from curvlib.errors import NonFiniteError, naming
+from curvlib.errors import ArgumentError, NonFiniteError, naming
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass, Statistics
 from curvlib.layers.base import KroneckerLayer, Layer
@@ -22,17 +20,20 @@ from curvlib.layers.rows import summed
 from curvlib.layers.wide import Moment, as_side
 from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import full_precision, writes_in_place
+from curvlib.linalg.low_rank import LowRankFactor, low_rank_sum
 from curvlib.operators import (
     BlockDiagonal,
     Dense,
     DenseBlocks,
     Diagonal,
     Kronecker,
+    LowRank,
     Matrix,
     Operator,
     ScaledIdentity,
     Sum,
 )
+from curvlib.operators.block_side import diagonal_blocks
 from curvlib.pytree import Domain
 
 
@@ -168,15 +169,32 @@ def times(side: Matrix, factor: Tensor) -> Matrix:
         return Diagonal(side.diagonals() * factor.unsqueeze(-1))
     if isinstance(side, DenseBlocks):
         return side.map_stacks(lambda stack: stack * factor[..., None, None, None])
+    if isinstance(side, LowRank):
+        return LowRank(side.vectors, side.values * factor.unsqueeze(-1), side.remainder * factor)
     return Dense(side.matrices() * factor[..., None, None])
 
 
 def added(sides: Sequence[Matrix]) -> Matrix:
-    """The sum of sides of Kronecker products."""
+    """The sum of sides of Kronecker products, in the form that both have; a diagonal one fits into blocks.
+
+    Raises:
+        ArgumentError: a low-rank side meets one of another form.
+    """
     if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
         return Diagonal(summed([side.diagonals() for side in sides]))
-    if all(isinstance(side, DenseBlocks) for side in sides):
-        return functools.reduce(operator.add, sides)
+    blocks = next((side for side in sides if isinstance(side, DenseBlocks)), None)
+    if blocks is not None:
+        stacks = zip(*(diagonal_blocks(side, blocks.runs) for side in sides), strict=True)
+        return DenseBlocks(tuple(summed(list(parts)) for parts in stacks))
+    low_rank = [side for side in sides if isinstance(side, LowRank)]
+    if low_rank and len(low_rank) == len(sides):
+        parts = [LowRankFactor(side.vectors, side.values, side.remainder) for side in low_rank]
+        return LowRank(*low_rank_sum(parts, [1.0] * len(parts), low_rank[0].values.shape[-1]))
+    if low_rank:
+        raise ArgumentError(
+            "a weight whose uses have a low-rank factor and a diagonal one on the same wide side has no factor for "
+            "both: take wide=WideBlocks(...) or WideDiagonal(), or tied='sum' in cv.kfac"
+        )
     return Dense(summed([side.matrices() for side in sides]))
 
 

@@ -91,13 +91,31 @@ def embedding(
 
 
 def embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.embedding_bag` with dense gradients."""
+    """`torch.nn.functional.embedding_bag` by embedding and a sum, which have all derivatives (its maximum has only one)."""
     call = inspect.signature(F.embedding_bag).bind(*args, **kwargs)
     call.apply_defaults()
-    check_table("embedding_bag", call.arguments["max_norm"], call.arguments["scale_grad_by_freq"])
-    call.arguments["sparse"] = False
-    result: Tensor = F.embedding_bag(*call.args, **call.kwargs)
-    return result
+    given = call.arguments
+    check_table("embedding_bag", given["max_norm"], given["scale_grad_by_freq"])
+    if given["mode"] == "max":
+        given["sparse"] = False
+        result: Tensor = F.embedding_bag(*call.args, **call.kwargs)
+        return result
+    index, weight, offsets = given["input"], given["weight"], given["offsets"]
+    place = torch.arange(index.numel(), device=index.device)
+    if offsets is None:
+        bags, number = place // index.shape[1], index.shape[0]
+    else:
+        bags = torch.bucketize(place, offsets, right=True) - 1
+        number = len(offsets) - bool(given["include_last_offset"])
+    share = torch.ones_like(place, dtype=weight.dtype)
+    if given["padding_idx"] is not None:
+        share = (index.flatten() != given["padding_idx"] % weight.shape[0]).to(weight.dtype)
+    if given["mode"] == "mean":
+        share = share / share.new_zeros(number).index_add(0, bags, share).clamp(min=1)[bags]
+    if given["per_sample_weights"] is not None:
+        share = share * given["per_sample_weights"].flatten()
+    rows = F.embedding(index.flatten(), weight) * share.unsqueeze(-1)
+    return rows.new_zeros(number, weight.shape[1]).index_add(0, bags, rows)
 
 
 def check_table(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
