@@ -91,7 +91,7 @@ def embedding(
 
 
 def embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.embedding_bag` by embedding and a sum, which have all derivatives (its maximum has only one)."""
+    """`torch.nn.functional.embedding_bag` by embedding and a sum, which have all derivatives (a maximum has one)."""
     call = inspect.signature(F.embedding_bag).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
