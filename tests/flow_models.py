@@ -397,9 +397,9 @@ IN_A_ROW: dict[str, Case] = {
 # --- what has no examples -------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[ModelFn, str]] = {
-    "a loop over examples": (lambda p, x: torch.stack([row @ p["a"] for row in x]) @ p["b"], "entry by entry"),
+    "a loop over examples": (lambda p, x: torch.stack([row @ p["a"] for row in x]) @ p["b"], "piece by piece"),
     "a loop over hidden rows": (
-        lambda p, x: torch.stack([row.tanh() for row in x @ p["a"]]) @ p["b"], "entry by entry",
+        lambda p, x: torch.stack([row.tanh() for row in x @ p["a"]]) @ p["b"], "piece by piece",
     ),
     "a weight that is clamped": (lambda p, x: x @ p["a"].clamp_(-1, 1) @ p["b"], "'a' in place"),
     "a weight that is clamped by its data": (lambda p, x: x @ p["a"].data.clamp_(-1, 1) @ p["b"], "'a' in place"),

@@ -104,7 +104,8 @@ class Discover(TorchFunctionMode):
         if getattr(func, "__name__", "") == "register_hook":
             if used:
                 raise self.unknown("register_hook", used)
-            self.hooked = "'register_hook' may change gradients of all examples at once"
+            if not getattr(args[1], "__module__", "").startswith("torch."):  # not of a profiler
+                self.hooked = "'register_hook' may change gradients of all examples at once"
         if not used or not outputs:
             return result
         if torch.is_grad_enabled() and not any(output.requires_grad for output in outputs):

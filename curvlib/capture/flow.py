@@ -38,6 +38,7 @@ from curvlib.capture.operations import (
 from curvlib.errors import CaptureError
 
 MANY_PIECES = 64
+FILLING = ("masked_scatter", "masked_scatter_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,8 @@ class Flow:
             if name in INDEXING and self.moves(arguments):
                 return f"{name!r} moves entries from example to example"
             if name == "as_strided" and not strided_within(operand, axis, outputs[0]):
+                return f"{name!r} moves entries from example to example"
+            if name in FILLING and self.examples.chosen_axis(arguments["source"]) is None:
                 return f"{name!r} moves entries from example to example"
             if name not in INDEXING and along(name, arguments, operand, axis, self.prime(operand, axis)):
                 return f"{name!r} works along the axis of examples"

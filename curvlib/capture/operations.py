@@ -36,7 +36,7 @@ SPATIAL = re.compile(
     r"_?(adaptive_avg_pool|adaptive_max_pool|avg_pool|max_pool|fractional_max_pool|upsample_\w*?|reflection_pad"
     r"|replication_pad|grid_sampler_|im2col|col2im)([123])d"
 )
-EVERYWHERE = {"roll", "take", "put", "put_", "masked_scatter", "masked_scatter_"}
+EVERYWHERE = {"roll", "take", "put", "put_"}
 MATRIX = ("_scaled_dot_product", "_fused_sdp", "linalg_", "_linalg", "cholesky", "triangular_solve")
 RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
 
@@ -106,7 +106,9 @@ def along(name: str, arguments: dict[str, Any], operand: Tensor, axis: int, numb
         pad = arguments["pad"]
         return any(pad[2 * (ndim - 1 - axis) : 2 * (ndim - axis)])
     if (spatial := SPATIAL.match(name)) is not None:
-        return axis >= ndim - int(spatial.group(2))
+        place = axis - (ndim - int(spatial.group(2)))
+        kernel = arguments.get("kernel_size")
+        return place >= 0 and (kernel is None or kernel[place % len(kernel)] != 1)
     if name == "renorm":
         return axis not in dimensions(arguments, ndim)
     if name == "roll" and arguments["dims"]:

@@ -205,6 +205,7 @@ def eigenvalue_correct(
         >>> type(exact.blocks["weight"]).__name__
         'EigenKronecker'
     """
+    check_model(model_fn, params)
     check_gradients(fisher, correction)
     options = Options(loss, fisher, "expand", mc_samples, "diagonal", "sum", WideDiagonal(), engine)
     if not isinstance(curv, BlockDiagonal):

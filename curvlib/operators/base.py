@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -121,9 +120,16 @@ class Operator(LinearMap):
         """The operator in another dtype, where that is not the same with its tensors cast; None: it is."""
         return None
 
-    @cached_property
+    @property
     def dtypes(self) -> frozenset[torch.dtype]:
         """The floating dtypes of its tensors, and those of the models of matrix-free parts."""
+        known: frozenset[torch.dtype] | None = self.__dict__.get("_dtypes")
+        if known is None:
+            known = self.__dict__["_dtypes"] = self.find_dtypes()
+        return known
+
+    def find_dtypes(self) -> frozenset[torch.dtype]:
+        """`dtypes`, which never change."""
         leaves = torch_pytree.tree_leaves(self, is_leaf=is_matrix_free)
         found = {x.model_dtype if isinstance(x, Operator) else x.dtype for x in leaves}
         return frozenset(dtype for dtype in found if dtype is not None and dtype.is_floating_point)

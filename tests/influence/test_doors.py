@@ -73,10 +73,10 @@ QUERIES: dict[str, tuple[type[Exception], str, tuple[Any, ...]]] = {
         ArgumentError, "same checkpoint, in the same dtype", (CASE.queries, CASE.model_fn, SINGLE),
     ),
     "params of another model": (
-        ArgumentError, "same checkpoint", (CASE.queries, CASE.model_fn, {"weight": torch.ones(3, 3)}),
+        PytreeError, "none of the module's parameters", (CASE.queries, CASE.model_fn, {"weight": torch.ones(3, 3)}),
     ),
-    "a generator of params": (PytreeError, "not a tensor", (CASE.queries, CASE.model_fn, iter(CASE.params.values()))),
-    "swapped arguments": (PytreeError, "not a tensor", (CASE.queries, CASE.params, CASE.model_fn)),
+    "a generator of params": (PytreeError, "got a", (CASE.queries, CASE.model_fn, iter(CASE.params.values()))),
+    "swapped arguments": (ArgumentError, "swapped", (CASE.queries, CASE.params, CASE.model_fn)),
     "a query that is not finite": (NonFiniteError, r"block '0.weight': the sketch of query 2 is not", (NAN, *MODEL)),
     "a sketch that is not finite": (
         NonFiniteError, "block '2.weight': the sketch of query 0", (changed("2.weight", SKETCHES["2.weight"] / 0),),
@@ -118,13 +118,13 @@ def test_sketches_of_any_dtype_are_taken(index: cv.influence.Index, dtype: torch
 # --- builds and reranking -------------------------------------------------------------------------------------------
 
 BUILDS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "a curvature": (ArgumentError, r"curv.power\(-0.5, damping\).project\(R\).*Block", {"projection": CURVATURE}),
-    "a sketch": (ArgumentError, r"project\(R\).*Sketch", {"projection": cv.sketch(CASE.params, rank=2)}),
+    "a curvature": (ArgumentError, r"curv.power\(-0.5, damping\).project\(.*Block", {"projection": CURVATURE}),
+    "a sketch": (ArgumentError, r"project\(.*Sketch", {"projection": cv.sketch(CASE.params, rank=2)}),
     "half an example": (ArgumentError, "shard_size must be at least 1 and an integer", {"shard_size": 2.5}),
     "no examples": (ArgumentError, "batch_size must be at least 1", {"batch_size": 0}),
     "the name of a dtype": (DtypeError, "not of float32", {"dtype": "float32"}),
     "a loader": (ArgumentError, r"use cv.over\(loader\)", {"data": LOADER}),
-    "triples": (ArgumentError, r"pair \(inputs, targets\)", {"data": cv.over([(*DATA, 1)])}),
+    "triples": (ArgumentError, r"pairs \(inputs, targets\)", {"data": cv.over([(*DATA, 1)])}),
     "no data": (EmptyBatchError, "gave no batch", {"data": cv.over([])}),
 }  # fmt: skip
 
