@@ -206,7 +206,88 @@ def test_a_given_mode_that_disagrees_is_refused() -> None:
         assert make(model_fn, params, batch, mode="reverse").mode == "reverse"
 
 
-# --- what has no curvature -----------------------------------------------------------------------------------------
+# --- calls that are run by their formulas -----------------------------------------------------------------------------
+
+
+def bags(table: Tensor, tokens: Tensor, kind: str, padding: int | None) -> Tensor:
+    """Sums or means of rows, bag by bag."""
+    result = []
+    for bag in tokens:
+        rows = [table[token] for token in bag.tolist() if token != padding]
+        total = torch.stack(rows).sum(0) if rows else torch.zeros_like(table[0])
+        result.append(total / max(1, len(rows)) if kind == "mean" else total)
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("padding", [None, 1])
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_bags_of_rows_are_sums_of_rows(kind: str, padding: int | None, sparse: bool, mode: str) -> None:
+    layer = nn.EmbeddingBag(5, 3, mode=kind, padding_idx=padding, sparse=sparse).double()
+    tokens = torch.tensor([[1, 1, 1], [0, 1, 4], [3, 3, 2], [2, 0, 1]])
+    params = {"table": normal(1, 5, 3), "w": normal(2, 3, 2)}
+    offsets = torch.arange(0, 15, 3)
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return torch.tanh(torch.func.functional_call(layer, {"weight": p["table"]}, (x,))) @ p["w"]
+
+    def with_offsets(p: Any, x: Tensor) -> Tensor:
+        flat = F.embedding_bag(
+            x.flatten(), p["table"], offsets, mode=kind, padding_idx=padding, sparse=sparse, include_last_offset=True
+        )
+        return torch.tanh(flat) @ p["w"]
+
+    def by_hand(p: Any, x: Tensor) -> Tensor:
+        return torch.tanh(bags(p["table"], x, kind, padding)) @ p["w"]
+
+    batch = (tokens, classes(4))
+    for model in (model_fn, with_offsets):
+        truth = plain.ggn(by_hand, params, batch, cross_entropy)
+        assert_close(ggn(model, params, batch, mode=mode).to_dense(), truth)
+        truth = plain.hessian(by_hand, params, batch, cross_entropy)
+        assert_close(hessian(model, params, batch, mode=mode).to_dense(), truth)
+
+
+def test_bags_of_weighed_rows_are_weighed_sums_and_largest_rows_are_refused() -> None:
+    params = {"table": normal(1, 5, 3), "weights": normal(3, 4, 3)}
+    batch = (torch.randint(5, (4, 3), generator=generator(2)), normal(4, 4, 3))
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return F.embedding_bag(x, p["table"], mode="sum", per_sample_weights=p["weights"])
+
+    def by_hand(p: Any, x: Tensor) -> Tensor:
+        return (p["table"][x] * p["weights"].unsqueeze(-1)).sum(1)
+
+    for make in (ggn, hessian):
+        estimate, truth = (make(f, params, batch, loss=cv.MSE()).to_dense() for f in (model_fn, by_hand))
+        assert_close(estimate, truth)
+    with pytest.raises(CaptureError, match="amax"):
+        ggn(lambda p, x: F.embedding_bag(x, p["table"], mode="max"), {"table": params["table"]}, batch, loss=cv.MSE())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_normalized_weights_have_the_curvature_of_their_formula(normalize: Any, mode: str, dim: int | None) -> None:
+    model_fn, params, inputs = of_module(
+        nn.Sequential(normalize(nn.Linear(3, 4), dim=dim), nn.Tanh(), nn.Linear(4, 2)), normal(0, 5, 3)
+    )
+    names = sorted(name for name in params if name.startswith("0.") and name != "0.bias")
+    g, v = names  # original0 and original1, or weight_g and weight_v
+
+    def by_hand(p: Any, x: Tensor) -> Tensor:
+        norm = p[v].norm() if dim is None else p[v].norm(dim=1 - dim, keepdim=True)
+        return F.linear(torch.tanh(F.linear(x, p[v] * p[g] / norm, p["0.bias"])), p["2.weight"], p["2.bias"])
+
+    batch = (inputs, classes(5))
+    assert_close(ggn(model_fn, params, batch, mode=mode).to_dense(), plain.ggn(by_hand, params, batch, cross_entropy))
+    truth = plain.hessian(by_hand, params, batch, cross_entropy)
+    assert_close(hessian(model_fn, params, batch, mode=mode).to_dense(), truth)
+
+
+# --- what has no curvature --------------------------------------------------------------------------------------------
 
 
 class Reversal(torch.autograd.Function):
@@ -318,7 +399,7 @@ def test_tables_that_change_or_count_are_refused_and_stay_as_they_are(
     assert torch.equal(before, net[0].weight)
 
 
-# --- low precision ---------------------------------------------------------------------------------------------------
+# --- low precision ----------------------------------------------------------------------------------------------------
 
 
 def deep(dtype: torch.dtype, *, norm: bool) -> tuple[Any, Any, Tensor]:
@@ -366,7 +447,7 @@ def test_faults_of_some_per_cent_are_noticed_in_float32(make: Any) -> None:
         assert curv.mode == "reverse"
 
 
-# --- models that are no functions ------------------------------------------------------------------------------------
+# --- models that are no functions -------------------------------------------------------------------------------------
 
 
 def of_function(change: Callable[[dict[str, Tensor], Tensor], Tensor]) -> tuple[Any, Any, Any]:

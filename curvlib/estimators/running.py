@@ -46,8 +46,9 @@ class Formulas(TorchFunctionMode):
     """Makes a model's calls have the same derivative in forward mode as in reverse mode.
 
     Under a transform nothing flows through what is computed where gradients are disabled, or through padding of
-    embeddings: forward mode alone would carry tangents there. Embeddings have dense gradients. That a mode is active
-    keeps modules of attention off their path for inference, which has no derivative.
+    embeddings: forward mode alone would carry tangents there. Embeddings have dense gradients, and calls whose kernels
+    lack a derivative run by their formulas. That a mode is active keeps modules of attention off their path for
+    inference, which has no derivative.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,31 +92,41 @@ def embedding(
 
 
 def embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.embedding_bag` by embedding and a sum, which have all derivatives (a maximum has one)."""
+    """`torch.nn.functional.embedding_bag` by its formula: sums of rows, which have all derivatives.
+
+    Raises:
+        CaptureError: the largest entries are taken.
+    """
     call = inspect.signature(F.embedding_bag).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     check_table("embedding_bag", given["max_norm"], given["scale_grad_by_freq"])
     if given["mode"] == "max":
-        given["sparse"] = False
-        result: Tensor = F.embedding_bag(*call.args, **call.kwargs)
-        return result
-    index, weight, offsets = given["input"], given["weight"], given["offsets"]
-    place = torch.arange(index.numel(), device=index.device)
-    if offsets is None:
-        bags, number = place // index.shape[1], index.shape[0]
-    else:
-        bags = torch.bucketize(place, offsets, right=True) - 1
-        number = len(offsets) - bool(given["include_last_offset"])
-    share = torch.ones_like(place, dtype=weight.dtype)
+        raise CaptureError("embedding_bag(mode='max') cannot be differentiated twice: use embedding(...).amax(1)")
+    indices, table, offsets = given["input"], given["weight"], given["offsets"]
+    if indices.ndim == 2:
+        offsets = indices.shape[1] * torch.arange(len(indices), device=indices.device)
+    elif given["include_last_offset"]:
+        offsets = offsets[:-1]
+    flat = indices.reshape(-1)
+    bag = torch.searchsorted(offsets, torch.arange(len(flat), device=flat.device, dtype=offsets.dtype), right=True) - 1
+    weights = table.new_ones(len(flat))
     if given["padding_idx"] is not None:
-        share = (index.flatten() != given["padding_idx"] % weight.shape[0]).to(weight.dtype)
-    if given["mode"] == "mean":
-        share = share / share.new_zeros(number).index_add(0, bags, share).clamp(min=1)[bags]
+        weights = (flat != given["padding_idx"] % len(table)).to(table.dtype)
+    counts = table.new_zeros(len(offsets)).index_add(0, bag, weights)
     if given["per_sample_weights"] is not None:
-        share = share * given["per_sample_weights"].flatten()
-    rows = F.embedding(index.flatten(), weight) * share.unsqueeze(-1)
-    return rows.new_zeros(number, weight.shape[1]).index_add(0, bags, rows)
+        weights = weights * given["per_sample_weights"].reshape(-1)
+    rows = F.embedding(flat, table) * weights.unsqueeze(1)
+    sums = rows.new_zeros(len(offsets), table.shape[1]).index_add(0, bag, rows)
+    return sums / counts.clamp(min=1).unsqueeze(1) if given["mode"] == "mean" else sums
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm` by its formula: the second derivative of torch's kernel is wrong."""
+    if dim == -1:  # one norm of the whole
+        return v * (g / v.norm())
+    others = [axis for axis in range(v.ndim) if axis != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
 def check_table(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
@@ -136,7 +147,11 @@ def check_table(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> 
         )
 
 
-REWRITES: dict[Any, Callable[..., Any]] = {F.embedding: embedding, F.embedding_bag: embedding_bag}
+REWRITES: dict[Any, Callable[..., Any]] = {
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+    torch._weight_norm: weight_norm,
+}
 
 
 # --- random numbers -------------------------------------------------------------------------------------------------
