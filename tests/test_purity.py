@@ -86,6 +86,14 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "kfac of parameters that require gradients": lambda w: cv.kfac(
         w.model_fn, {name: p for name, p in w.module.named_parameters() if p.requires_grad}, w.batch
     ),
+    "ggn": lambda w: cv.ggn(w.model_fn, w.params, w.batch) @ w.params,
+    "ggn in reverse mode": lambda w: cv.ggn(w.model_fn, w.params, w.batch, mode="reverse") @ w.params,
+    "hessian over a loader": lambda w: cv.hessian(w.model_fn, w.params, cv.over([w.batch, w.batch])) @ w.params,
+    "fisher": lambda w: cv.fisher(w.model_fn, w.params, w.batch).matmat(w.vectors),
+    "gramian": lambda w: cv.gramian(w.model_fn, w.params, w.batch).damp(0.1) @ w.params,
+    "ggn of parameters that require gradients": lambda w: cv.ggn(
+        w.model_fn, {name: p for name, p in w.module.named_parameters() if p.requires_grad}, w.batch
+    ).inverse(0.1) @ w.params,
     "loss value": lambda w: cv.CrossEntropy().value(w.model_fn(w.params, w.inputs), w.targets),
     "loss sample": lambda w: cv.CrossEntropy().sample(w.model_fn(w.params, w.inputs), w.targets, generator(0), 2),
     "matvec": lambda w: w.curv.matvec(w.params),

@@ -82,6 +82,8 @@ class MatrixFree(Implicit):
         domain, params = self.domain, flatten(self.params)[0]
         leaves = domain.leaves(vectors, leading)
         number = math.prod(leaves[0].shape[:leading])
+        if not number:
+            return domain.tree([torch.zeros_like(v) for v in leaves])
         total: Leaves = []
         normalizer = torch.zeros_like(self.scale)
         replay = self.running.replay(params, self.source.loader)
@@ -193,6 +195,11 @@ def ggn(
     A product takes one forward pass with tangents and one backward pass; stacked vectors (`matmat`) share the forward
     pass without tangents. Attention runs by its formula, as fused kernels cannot be differentiated twice.
 
+    A derivative is that of reverse mode, on which a trial on the (first) batch checks the products; blocks without
+    gradients, detached tensors and padding of embeddings have none. A model that draws random numbers (dropout in
+    training) draws the same in every product: those that it would draw next when the operator is made. No generator
+    moves, and no tensor is changed.
+
     Args:
         model_fn: pure function (params, inputs) -> outputs [N, ...].
         params: pytree of floating-point tensors.
@@ -200,7 +207,7 @@ def ggn(
             product walks through it.
         loss: the objective.
         mode: how products are differentiated: "forward" uses forward mode, "reverse" differentiates the backward pass.
-            None: forward, unless a product with zero vectors on the (first) batch fails, made when the operator is.
+            None: forward, unless that fails in the trial, or disagrees with the model's gradients.
 
     Returns:
         An operator on ``params``. What needs its entries or eigenvalues (`diag`, `trace`, `power`, `sample`, ...) goes
@@ -209,7 +216,12 @@ def ggn(
     Raises:
         TargetError: the targets do not fit the loss.
         EmptyBatchError: there is no example.
-        ArgumentError: a loader that can be read only once; an unknown mode.
+        CaptureError: the model changes its parameters, gives other outputs each time, or changes gradients on their
+            way back so that no product agrees with them.
+        UnusedParameterError: the outputs do not depend on a parameter; names it.
+        NonFiniteError: a product is infinite or undefined, or no target counts.
+        ArgumentError: a loader that can be read only once, or gives other examples each time, or in random order where
+            the model draws; an unknown mode.
 
     Example:
         >>> import torch, curvlib as cv
@@ -231,12 +243,11 @@ def hessian(
 ) -> MatrixFree:
     """The Hessian of the reduced objective in the parameters, exact and matrix-free; it may be indefinite.
 
-    Products differentiate the gradient, in forward mode where the model has one (see `ggn` for all arguments).
+    Products differentiate the gradient, in forward mode where the model has one (see `ggn` for all arguments, and for
+    all errors).
 
     Raises:
-        TargetError: the targets do not fit the loss.
-        EmptyBatchError: there is no example.
-        ArgumentError: a loader that can be read only once; an unknown mode.
+        CaptureError: the model is refused, or its gradients are those of no function, so that no product is symmetric.
 
     Example:
         >>> import torch, curvlib as cv
@@ -275,9 +286,8 @@ def fisher(
         mode: see `ggn`.
 
     Raises:
-        ArgumentError: an unknown kind, no draw, a loader that can be read only once or that shuffles under ``mc``.
-        TargetError: the targets do not fit the loss.
-        EmptyBatchError: there is no example.
+        ArgumentError: an unknown kind, no draw, a loader in random order under ``mc``; and see `ggn` for this and all
+            other errors.
 
     Example:
         >>> import torch, curvlib as cv
@@ -304,11 +314,10 @@ def fisher(
 def gramian(model_fn: ModelFn, params: Tree, batch: Batch | DataSet, *, mode: str | None = None) -> MatrixFree:
     """The Gramian J^T J of the model's outputs, summed over examples: the GGN with the loss Hessian I.
 
-    The batch's targets are not looked at; see `ggn` for the arguments.
+    The batch's targets are not looked at; see `ggn` for the arguments, and for all errors.
 
     Raises:
-        EmptyBatchError: the data set holds no batch.
-        ArgumentError: a loader that can be read only once; an unknown mode.
+        CaptureError: the model is refused.
 
     Example:
         >>> import torch, curvlib as cv

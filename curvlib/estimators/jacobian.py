@@ -40,7 +40,8 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None =
 
     Raises:
         PytreeError, DtypeError: the parameters are not floating-point tensors.
-        CaptureError: the model does not return one tensor.
+        CaptureError: the model does not return one tensor, or is refused; see `ggn` for this and the errors that it
+            raises too.
         ArgumentError: an unknown mode.
 
     Example:
