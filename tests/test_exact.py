@@ -149,6 +149,20 @@ def test_stacked_products_are_the_products_one_by_one(make: Callable[..., Matrix
     assert curv.width >= 4
 
 
+def test_drawn_targets_are_those_of_an_operator_made_outside_where_one_is_made_in_a_transform() -> None:
+    case = mlp()
+    options: dict[str, Any] = {"kind": "mc", "mc_samples": 2}
+    outside = fisher(case.model_fn, case.params, case.batch, **options)
+
+    def image(factor: Tensor) -> Tensor:
+        return cv.ravel(fisher(case.model_fn, case.params, case.batch, **options) @ {
+            name: factor * leaf for name, leaf in case.params.items()
+        })  # fmt: skip
+
+    _, tangent = torch.func.jvp(image, (torch.ones((), dtype=torch.float64),), (torch.ones((), dtype=torch.float64),))
+    assert_close(tangent, cv.ravel(outside @ case.params))
+
+
 def test_stacked_vectors_share_one_forward_pass() -> None:
     case, calls = mlp(), []
 

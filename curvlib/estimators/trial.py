@@ -15,7 +15,7 @@ from curvlib.errors import ArgumentError, CaptureError, CurvlibError, NonFiniteE
 from curvlib.estimators.kinds import Draws, How, Kind, SampledFisher
 from curvlib.estimators.linearization import ElementCount
 from curvlib.estimators.probe import Probe, check_used, explained, probe
-from curvlib.estimators.running import Leaves, Replay, Running, twice_differentiable
+from curvlib.estimators.running import LeafFn, Leaves, Replay, Running, twice_differentiable
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -48,30 +48,37 @@ class Case:
 
     def probed(self) -> tuple[Case, Probe]:
         """Plain derivatives, and the case with what has become known of it: draws, and whether inputs are changed."""
-        drawn: list[Draws] = [self.draws]
+        case = self
 
         def weigh(outputs: Tensor, u: Tensor) -> Tensor:
-            self.kind.normalizer(outputs, self.targets)  # checks the targets
-            if isinstance(self.kind, SampledFisher) and isinstance(self.draws, torch.Generator):
-                drawn[0] = self.kind.vectors(outputs, self.targets, self.draws)
-            return self.kind.weigh(outputs, self.targets, drawn[0])(u)
+            nonlocal case
+            case = self.drawn(outputs)
+            return self.kind.weigh(outputs, self.targets, case.draws)(u)
 
         found = probe(self.model_fn, Domain.of(self.params), self.leaves, self.inputs, self.replay, weigh)
-        running = dataclasses.replace(self.running, writes=found.writes)
-        return dataclasses.replace(self, draws=drawn[0], running=running), found
+        return dataclasses.replace(case, running=dataclasses.replace(self.running, writes=found.writes)), found
+
+    def drawn(self, outputs: Tensor) -> Case:
+        """The case with its targets checked, and gradients drawn if they are to be."""
+        self.kind.normalizer(outputs, self.targets)
+        if not isinstance(self.kind, SampledFisher) or not isinstance(self.draws, torch.Generator):
+            return self
+        return dataclasses.replace(self, draws=self.kind.vectors(outputs, self.targets, self.draws))
+
+    def function(self) -> LeafFn:
+        """The model's outputs as a function of the parameters' leaves."""
+        return self.running.on_leaves(self.model_fn, Domain.of(self.params), self.inputs, self.replay)
 
     def products(self, found: Probe, how: How, count: ElementCount) -> tuple[Leaves, float]:
         """See `Kind.trial`."""
-        fn = self.running.on_leaves(self.model_fn, Domain.of(self.params), self.inputs, self.replay)
         with twice_differentiable():
-            return self.kind.trial(fn, self.leaves, self.targets, self.draws, found, how, count)
+            return self.kind.trial(self.function(), self.leaves, self.targets, self.draws, found, how, count)
 
     def untested(self, how: How, count: ElementCount) -> float:
         """Multiplies zeros, in a trace or a transform, where values cannot be looked at: no difference is found."""
         zeros = [x.new_zeros(how[1], *x.shape) for x in self.leaves]
-        fn = self.running.on_leaves(self.model_fn, Domain.of(self.params), self.inputs, self.replay)
         with twice_differentiable(), count:
-            self.kind.multiply(fn, self.leaves, self.targets, self.draws, zeros, how)
+            self.kind.multiply(self.function(), self.leaves, self.targets, self.draws, zeros, how)
         return 0.0
 
     def in_double(self) -> Case:
@@ -111,6 +118,9 @@ def settle(case: Case, mode: str | None, *, all_data: bool) -> tuple[Case, Probe
     if is_eager():
         case, found = case.probed()
         check_used(found, case.model_fn, Domain.of(case.params), case.params, case.inputs, all_data=all_data)
+    elif isinstance(case.draws, torch.Generator):
+        with twice_differentiable(), torch.no_grad():
+            case = case.drawn(case.function()(case.leaves))
     with explained():
         return case, found, *choose(case, found, (mode,) if mode else MODES)
 
