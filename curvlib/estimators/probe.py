@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from curvlib.capture import plan
 from curvlib.capture.engines import ModelFn
@@ -35,6 +36,7 @@ class Probe:
         tangents: two random vectors of the parameters, leaves [2, *shape].
         writes: the model has changed its inputs in place.
         draws: it has drawn random numbers.
+        precision: the narrowest floating dtype that it has computed in.
     """
 
     outputs: Tensor
@@ -43,6 +45,7 @@ class Probe:
     tangents: Leaves
     writes: bool
     draws: bool
+    precision: torch.dtype
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -70,7 +73,7 @@ def probe(
         copies = [root.clone() for root in roots]
         given = torch_pytree.tree_map_only(Tensor, torch.clone, inputs)
         watched = [(x, y) for x, y in zip(*map(tensors, (given, inputs)), strict=True)]
-        with replay.run(), only_torch_draws(), Formulas():
+        with replay.run(), only_torch_draws(), Formulas(), Precision(leaves) as precision:
             value = one_tensor(model_fn(domain.tree(copies), given))
         pairs = zip(domain.names, copies, roots, strict=True)
         written = [name for name, copy, root in pairs if changed(copy, root)]
@@ -93,7 +96,28 @@ def probe(
             pulled = list(torch.autograd.grad(value, roots, cotangent, retain_graph=True, allow_unused=True))
             check_linear(value, roots, cotangent, pulled)
     tangents = [normal(leaf, 2, seed=number + 1) for number, leaf in enumerate(leaves)]
-    return Probe(outputs, cotangent, pulled, tangents, any(changed(x, y) for x, y in watched), draws)
+    writes = any(changed(x, y) for x, y in watched)
+    return Probe(outputs, cotangent, pulled, tangents, writes, draws, precision.narrowest)
+
+
+class Precision(TorchFunctionMode):
+    """Notes the narrowest floating dtype among tensors and the results of all calls."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        super().__init__()
+        self.narrowest = torch.float64
+        self.note(leaves)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.note(result)
+        return result
+
+    def note(self, results: Any) -> None:
+        """Takes tensors into account."""
+        for x in tensors(results):
+            if x.is_floating_point() and torch.finfo(x.dtype).eps > torch.finfo(self.narrowest).eps:
+                self.narrowest = x.dtype
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -241,7 +265,7 @@ def jacobian_disagreement(found: Probe, images: Tensor, pull: Callable[[Tensor],
     """
     pairs = zip(found.tangents, found.gradient, strict=True)
     gradients = [torch.zeros_like(v[0]) if g is None else g for v, g in pairs]
-    floor = torch.finfo(found.outputs.dtype).eps * 100 * float(nonzero(found.cotangent, found.outputs).norm().detach())
+    floor = torch.finfo(found.precision).eps * 100 * float(nonzero(found.cotangent, found.outputs).norm().detach())
     worst = 0.0
     for number, image in enumerate(images):
         there = nonzero(found.cotangent, image)

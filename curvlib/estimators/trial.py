@@ -177,7 +177,7 @@ def attempt(case: Case, found: Probe, how: How, count: ElementCount) -> float:
     """
     products, difference = case.products(found, how, count)
     check_finite(case, found, products)
-    dtype = found.outputs.dtype
+    dtype = found.precision
     allowed = torch.finfo(dtype).eps ** 0.5
     if difference <= allowed:
         return 0.0
@@ -186,7 +186,7 @@ def attempt(case: Case, found: Probe, how: How, count: ElementCount) -> float:
         with contextlib.suppress(RuntimeError, CurvlibError):  # it may close over tensors of another dtype
             wider, again = case.in_double().probed()
             exactly = wider.products(again, how, ElementCount())[1]
-            if again.outputs.dtype == torch.float64:
+            if again.precision == torch.float64:
                 difference = exactly if exactly > torch.finfo(torch.float64).eps ** 0.5 else 0.0
                 allowed = 0.0
     if difference > allowed:
