@@ -39,7 +39,9 @@ class Functional:
         """The module's output for these parameters and inputs."""
         self.check(params)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        own = {name: ordinary(p) for name, p in self.module.named_parameters() if p.is_inference()}
+        own = {}
+        if not torch.compiler.is_compiling():
+            own = {name: ordinary(p) for name, p in self.module.named_parameters() if p.is_inference()}
         unpacked = isinstance(inputs, Mapping) and self.keywords.meant_by(inputs.keys())
         args, kwargs = ((), dict(inputs)) if unpacked else ((inputs,), {})
         compiled = any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in self.module.modules())

@@ -45,7 +45,8 @@ class SimultaneousKronecker(Lazy):
     Example:
         >>> from curvlib.operators import Dense
         >>> one, two = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), Dense(torch.diag(torch.tensor([1.0, 3.0])))
-        >>> inverse = (Kronecker(one, two) + Kronecker(two, one)).inverse()
+        >>> total = Kronecker(one, two) + Kronecker(two, one)
+        >>> inverse = total.inverse()
         >>> type(inverse).__name__, inverse.shape
         ('SimultaneousKronecker', (2, 2))
         >>> total = Kronecker(one, two) + Kronecker(two, one)
