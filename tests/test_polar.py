@@ -94,7 +94,7 @@ def test_singular_values_stay_near_one_in_every_precision(dtype: torch.dtype, sc
 
 def test_the_size_of_a_matrix_does_not_matter_unless_it_is_zero() -> None:
     matrix = normal(4, 6).float()
-    for scale in (2.0**-120, 2.0**120):  # which round nothing: small singular values are known to rounding of large ones
+    for scale in (2.0**-120, 2.0**120):  # which round nothing: small singular values would move
         assert_close(polar(scale * matrix), polar(matrix), 1e-5)
     stack = torch.stack([matrix, torch.zeros_like(matrix)]).double()
     for method in ("cans", "quintic"):
