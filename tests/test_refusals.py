@@ -60,7 +60,7 @@ def hooked(p: Params, x: Tensor) -> Tensor:
 
 # --- uses that the exact operators take as they are ---------------------------------------------------------------
 
-ONCE = ("bag of embeddings", "hook on a weight", "reentrant checkpointing")  # autograd differentiates them only once
+ONCE = ("hook on a weight", "reentrant checkpointing", "sparse gradients by count")  # not differentiable twice
 UNKNOWN: dict[str, Case] = {
     "recurrent module": (*module(nn.LSTM(4, 2, batch_first=True), lambda o: o[0]), IMAGES, "a loop over linear calls"),
     "bag of embeddings": (*module(nn.EmbeddingBag(4, 2)), TOKENS, "use embedding, and sum or average its output"),

@@ -102,9 +102,11 @@ def forget(folder: Path, kept: Iterable[Shard]) -> None:
 
 def number_of(data: Batch | DataSet) -> int | None:
     """How many examples there are, to less than a batch; None if only reading them would tell."""
-    loader = data.loader if isinstance(data, DataSet) else [data]
+    if not isinstance(data, DataSet):
+        return sum(examples_in(inputs) for inputs, _ in batches(data))
+    loader = data.loader
     if isinstance(loader, (list, tuple)):
-        return sum(examples_in(inputs) for inputs, _ in batches(DataSet(loader, progress=False)))
+        return sum(examples_in(inputs) for inputs, _ in batches(data))
     size = getattr(loader, "batch_size", None)
     if isinstance(loader, DataLoader) and size is not None and not isinstance(loader.dataset, IterableDataset):
         with contextlib.suppress(TypeError, NotImplementedError):  # samplers need not have a length

@@ -49,7 +49,6 @@ class SimultaneousKronecker(Lazy):
         >>> inverse = total.inverse()
         >>> type(inverse).__name__, inverse.shape
         ('SimultaneousKronecker', (2, 2))
-        >>> total = Kronecker(one, two) + Kronecker(two, one)
         >>> torch.allclose(total @ (inverse @ torch.eye(2)), torch.eye(2), atol=1e-5)
         True
     """
