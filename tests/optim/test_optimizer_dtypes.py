@@ -15,7 +15,11 @@ from tests.optim.optimizers_cases import CASES, Case, random_leaves
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PAIRS = list(itertools.product(DTYPES, DTYPES))
-every_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(x)[6:] for x in pair))
+every_pair = pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, marks=pytest.mark.slow) if torch.float16 in pair else pair for pair in PAIRS],
+    ids=lambda pair: "-".join(str(x)[6:] for x in pair),
+)
 
 # what has no state of its own, or takes its direction or its norm from the gradient itself, is in the gradient's dtype
 OF_GRADIENTS = ("sgd", "clipped sgd", "leafwise clipped sgd", "graft")
