@@ -98,10 +98,11 @@ CASES: dict[str, tuple[tuple[torch.dtype, ...], Forward]] = {
     "double, float outputs": ((DOUBLE,) * 3, with_outputs(SINGLE)),
     "double, bfloat16 outputs": ((DOUBLE,) * 3, with_outputs(HALF)),
 }
-SLOW = (  # near others: they run with -m slow
-    "autocast to float16", "autocast, float outputs", "float16 layer", "double layer", "weights cast to double", "float16",
-    "bfloat16, float outputs", "float16, float outputs", "single, bfloat16 outputs", "double, bfloat16 outputs",
-)  # fmt: skip
+SLOW = {  # near others: they run with -m slow
+    "autocast to float16", "autocast, float outputs", "float16 layer", "double layer", "weights cast to double",
+    "float16", "bfloat16, float outputs", "float16, float outputs", "single, bfloat16 outputs",
+    "double, bfloat16 outputs",
+}  # fmt: skip
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )
