@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo examples test test-portable test-random parity models bench docs lint clean
+.PHONY: setup demo examples test test-portable test-random mutants parity models bench docs lint clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/plays
@@ -40,6 +40,13 @@ test-portable: $(STAMPS)/dev $(STAMPS)/plays
 test-random: $(STAMPS)/dev $(STAMPS)/plays
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -p randomly --randomly-seed=$(SEED) \
 		--hypothesis-profile=default --hypothesis-seed=$(SEED)
+
+# Faults planted in the library: SEED=... repeats a draw, ROOMS="capture estimators/running.py" SAMPLE=50 chooses.
+mutants: $(STAMPS)/dev $(STAMPS)/plays $(STAMPS)/mutants outputs/mutants.coverage
+	$(BIN)/python bench/mutants.py plant --seed $(SEED) $(if $(ROOMS),--rooms $(ROOMS)) $(if $(SAMPLE),--sample $(SAMPLE))
+
+outputs/mutants.coverage: $(shell find curvlib tests -name '*.py') | $(STAMPS)/dev $(STAMPS)/plays $(STAMPS)/mutants
+	$(BIN)/python bench/mutants.py record
 
 parity: $(STAMPS)/dev $(STAMPS)/bench
 	$(BIN)/python -m pytest -m parity tests/parity
@@ -68,7 +75,7 @@ $(STAMPS)/torch: constraints.txt
 	$(INSTALL) $(TORCH_FLAGS) torch
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs $(STAMPS)/models: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
+$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs $(STAMPS)/models $(STAMPS)/mutants: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
 	$(INSTALL) --editable ".[$*]"
 	touch $@
 
