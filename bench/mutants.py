@@ -35,8 +35,9 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).parent.parent
 PYTEST = ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=no", "-W", "ignore"]
-TESTS_A_BATCH = 30
-SECONDS_A_BATCH = 90  # of the processor, so that a busy machine catches no fault
+TESTS, SECONDS = 30, 6  # of a batch
+LIMIT = 60  # seconds of the processor, not of the clock, after which a batch has failed
+ROOMS = ["top", "capture", "layers", "losses", "estimators", "linalg", "operators", "optim", "influence", "spectrum"]
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Fault:
     tests: int = 0
 
 
-# Which test runs which line
+# --- which test runs which line -------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -121,22 +122,23 @@ class Map:
         return sorted(found & self.seconds.keys())
 
     def batches(self, path: str, tests: Sequence[str], draw: random.Random) -> Iterator[list[str]]:
-        """First quick tests from files named after the module, then one drawn from every other function."""
+        """First the quickest case of each test in files named after the module, then whatever else is drawn."""
         words = set(Path(path).with_suffix("").parts[1:]) | set(Path(path).stem.split("_"))
-        functions: dict[str, str] = {}
-        for test in sorted(tests, key=lambda t: self.seconds[t], reverse=True):
-            functions[function_of(test)] = test
-        near = [t for t in functions.values() if words & set(Path(t.split("::")[0]).stem.split("_"))]
-        near = sorted(near, key=lambda t: self.seconds[t])[:TESTS_A_BATCH]
-        far = sorted(set(tests) - set(near))
+        slowest_first = sorted(tests, key=lambda t: self.seconds[t], reverse=True)
+        quickest = {function_of(test): test for test in slowest_first}
+        near = [t for t in quickest.values() if words & set(Path(t.split("::")[0]).stem.split("_"))]
+        near = self.affordable(sorted(near, key=lambda t: self.seconds[t]))
         yield near
-        yield draw.sample(far, min(len(far), TESTS_A_BATCH))
+        others = sorted(set(tests) - set(near))
+        yield self.affordable(draw.sample(others, len(others)))
+
+    def affordable(self, tests: Sequence[str]) -> list[str]:
+        """The first tests that together take no longer than a batch may."""
+        total = itertools.accumulate(self.seconds[test] for test in tests)
+        return [test for test, seconds in zip(tests, total, strict=True) if seconds < SECONDS][:TESTS]
 
 
-# Faults
-
-
-ROOMS = ["top", "capture", "layers", "losses", "estimators", "linalg", "operators", "optim", "influence", "spectrum"]
+# --- faults -------------------------------------------------------------------------------------------------------
 
 
 def files(room: str) -> list[str]:
@@ -209,8 +211,8 @@ def passes(path: str, source: str, tests: Sequence[str]) -> bool:
     """Whether tests pass with a changed module, in a process of its own."""
     child = os.fork()
     if child == 0:
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS_A_BATCH, SECONDS_A_BATCH))
-        signal.alarm(10 * SECONDS_A_BATCH)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+        signal.alarm(10 * LIMIT)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
         sys.meta_path.insert(0, Changed(path, source))
@@ -221,14 +223,14 @@ def passes(path: str, source: str, tests: Sequence[str]) -> bool:
 
 def plant(data: Path, names: Sequence[str], sample: int, seed: int, results: Path) -> list[Fault]:
     """Plant so many faults in every room, run their tests, print what survives and write everything."""
-    import torch._dynamo  # imported once, before the processes fork  # noqa: F401
-
+    for module in ("hypothesis", "torch._dynamo", "torch._refs", "scipy.linalg"):  # once, before processes fork
+        importlib.import_module(module)
     lines, faults = Map(data), []
     for room in names:
-        draw = random.Random(f"{seed} {room}")
-        for fault, source, tests in itertools.islice(drawn(room, files(room), lines, draw), sample):
+        faults_drawn = drawn(room, files(room), lines, random.Random(f"{seed} {room}"))
+        for fault, source, tests in itertools.islice(faults_drawn, sample):
             fault.outcome = "survived"
-            for batch in filter(None, lines.batches(fault.path, tests, draw)):
+            for batch in filter(None, lines.batches(fault.path, tests, random.Random(seed))):
                 fault.tests += len(batch)
                 if not passes(fault.path, source, batch):
                     fault.outcome = "caught"

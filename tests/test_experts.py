@@ -268,3 +268,19 @@ def test_routing_is_refused_under_transforms_and_in_ways_that_are_not_followed()
     other = problem(sorted_by_expert, X, "mse", "mean", params={"0.weight": torch.zeros(EXPERTS, WIDTH, 2)})
     with pytest.raises(cv.errors.CaptureError, match=r"'0\.weight'.*nonzero, where or a mask"):
         other.kfac()
+
+
+def test_what_needs_the_examples_of_routed_rows_is_refused_behind_other_layers_too() -> None:
+    zeros = {"first": torch.zeros(WIDTH, WIDTH)} | {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+
+    def behind_a_layer(p: Params, x: Tensor) -> Tensor:
+        return mixture("by_mask", torch.tanh)(p, x @ p["first"])
+
+    found = problem(behind_a_layer, X, "cross-entropy", "mean", params=zeros)
+    classes = torch.arange(9) % 2
+    cv.kfac(behind_a_layer, found.params, (X, classes))
+    with pytest.raises(cv.errors.CaptureError, match=r"'0a\.weight'.*targets that are ignored is not known"):
+        cv.kfac(behind_a_layer, found.params, (X, classes.index_fill(0, torch.tensor([4]), -100)))
+    positions = X.reshape(3, 3, WIDTH)
+    with pytest.raises(cv.errors.CaptureError, match=r"'0a\.weight'.*as sharing='reduce' needs"):
+        cv.kfac(behind_a_layer, found.params, (positions, classes.reshape(3, 3)), sharing="reduce")
