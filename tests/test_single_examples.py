@@ -48,6 +48,14 @@ def written(h: Tensor) -> Tensor:
     return h - total
 
 
+def convolved_and_chosen(h: Tensor) -> Tensor:
+    """Each example by its own kernel; then rows that are chosen by values."""
+    moved = F.conv1d(F.pad(h, (1, 1))[None], h[:, None, :3], groups=len(h))[0]
+    out, positive = moved.clone(), h[:, 0] > 0
+    out[positive] = moved[positive].sin()
+    return out
+
+
 MIXED: dict[str, tuple[ModelFn, Params, Tensor]] = {
     "batch norm without parameters": (
         *module(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)), X,
@@ -101,6 +109,7 @@ INDEPENDENT: dict[str, tuple[ModelFn, Params, Tensor]] = {
                 nn.Linear(20, 2)), TOKENS,
     ),
     "mapped": (between(torch.vmap(lambda h: h / (1 + h.square().sum()))), PARAMS, X),
+    "own kernels, and rows chosen by values": (between(convolved_and_chosen), PARAMS, X),
     "batch size written down": (between(lambda h: h.reshape(-1, 2, 2).reshape(len(h), 4)), PARAMS, X),
 }  # fmt: skip
 NEEDING: dict[str, Callable[..., Any]] = {
