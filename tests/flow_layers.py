@@ -19,6 +19,17 @@ def definite(h: Tensor) -> Tensor:
     return torch.einsum("ni,nj->nij", h, h) + 3 * torch.eye(h.shape[1], dtype=h.dtype)
 
 
+def recurrent(kind: type[nn.RNNBase], **options: bool) -> nn.RNNBase:
+    """A layer with fixed weights."""
+    layer = kind(4, 4, **options).double().requires_grad_(False)
+    for number, weight in enumerate(layer.parameters()):
+        nn.init.constant_(weight, 0.3 - 0.2 * number)
+    return layer
+
+
+TIME_FIRST = {"lstm": recurrent(nn.LSTM), "gru": recurrent(nn.GRU), "rnn": recurrent(nn.RNN)}
+BATCH_FIRST = recurrent(nn.LSTM, batch_first=True)
+
 INDEPENDENT: dict[str, dict[str, Layer]] = {}
 INDEPENDENT["rows"] = {  # [N, 4]
     "mean-1": lambda h: h - h.mean(-1, keepdim=True),
@@ -44,6 +55,7 @@ INDEPENDENT["rows"] = {  # [N, 4]
     "renorm0": lambda h: h.renorm(2, 0, 1.0),
     "cosine own": lambda h: h * F.cosine_similarity(h, h.roll(1, 1), dim=-1)[:, None],
     "pairwise own": lambda h: h * F.pairwise_distance(h, h.flip(1))[:, None],
+    "as_strided own": lambda h: h.as_strided((len(h), 2), (h.stride(0), 2), 1).repeat(1, 2),
     "arange index": lambda h: h[torch.arange(h.shape[0])],
     "own argmax": lambda h: h * h[torch.arange(len(h)), h.argmax(1)][:, None],
     "range index": lambda h: h * h[range(len(h)), h.argmax(1)][:, None],
@@ -202,6 +214,10 @@ INDEPENDENT["rows"] = {  # [N, 4]
     "unbind stacked": lambda h: (lambda u, v: u * v)(*torch.stack([h, 2 * h]).unbind(0)),
 }
 INDEPENDENT["sequences"] = {  # [N, 3, 4]
+    "lstm batch first": lambda h: BATCH_FIRST(h)[0],
+    "lstm time first, turned": lambda h: TIME_FIRST["lstm"](h.transpose(0, 1))[0].transpose(0, 1),
+    "gru time first, turned": lambda h: TIME_FIRST["gru"](h.transpose(0, 1))[0].transpose(0, 1),
+    "rnn time first, turned": lambda h: TIME_FIRST["rnn"](h.transpose(0, 1))[0].transpose(0, 1),
     "softmax over t": lambda h: h * torch.softmax(h[..., 0], 1)[..., None],
     "flatten softmax t 1": lambda h: h * torch.softmax(h.reshape(h.shape[0] * h.shape[1], -1), -1).view(h.shape),
     "layernorm nt": lambda h: F.layer_norm(h, h.shape[1:]),
@@ -334,6 +350,7 @@ MIXED["rows"] = {  # [N, 4]
     "reshape(4,-1).t mixes": lambda h: h.reshape(4, -1).T,
     "flatten roll": lambda h: h.reshape(-1).roll(4).view(h.shape),
     "pad batch (shift)": lambda h: F.pad(h, (0, 0, 1, 0))[:-1],
+    "as_strided half a row": lambda h: h.as_strided((len(h), 2), (2, 1)).repeat(1, 2),
     "as_strided mixed": lambda h: h.as_strided((len(h), 4), (1, len(h))),
     "unfold0": lambda h: F.pad(h, (0, 0, 1, 0)).unfold(0, 2, 1).sum(-1),
     "fft0": lambda h: torch.fft.fft(h, dim=0).real,
