@@ -340,3 +340,25 @@ def test_inputs_that_the_model_changes_in_place_are_those_of_a_copy(engine: str)
     assert torch.equal(inputs, X)
     pure = cv.kfac(between(lambda h: h), PARAMS, ((X + 1).relu(), TARGETS), fisher="type-2", engine=engine)
     torch.testing.assert_close(curv.to_dense(), pure.to_dense(), rtol=1e-12, atol=1e-15)
+
+
+# --- models that run on real tensors only ---------------------------------------------------------------------------
+
+
+def of_this_size(number: int, layer: Callable[[Tensor], Tensor]) -> ModelFn:
+    """A model for batches of one size."""
+    return between(lambda h: layer(h.reshape(number, 4)))
+
+
+@pytest.mark.parametrize("number", [2, 3, 20])
+def test_dependent_examples_are_found_by_values_in_a_batch_of_any_size(number: int) -> None:
+    inputs = normal(5, number, 3)
+    assert cv.plan(of_this_size(number, torch.sin), PARAMS, inputs).mixed is None
+    assert cv.plan(of_this_size(number, lambda h: h - h.mean(0)), PARAMS, inputs).mixed is not None
+    last = of_this_size(number, lambda h: torch.cat([h[:-1], h[-1:] + h[:1]]))
+    assert cv.plan(last, PARAMS, inputs).mixed is not None
+
+
+def test_one_example_by_itself_and_random_models_tell_nothing_by_values() -> None:
+    assert cv.plan(of_this_size(1, lambda h: h - h.mean(0)), PARAMS, X[:1]).mixed is None
+    assert cv.plan(of_this_size(6, lambda h: F.dropout(h, 0.5)), PARAMS, X).mixed is None
