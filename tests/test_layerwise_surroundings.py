@@ -97,3 +97,14 @@ def test_compiled_models_are_looked_at_as_they_were_written(how: str, engine: st
     torch.testing.assert_close(curv.to_dense(), expected, rtol=1e-12, atol=1e-15)
     trace = cv.ekfac(model_fn, params, (X, Y), fisher="type-2", engine=engine).trace()
     torch.testing.assert_close(trace, expected_trace, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+@pytest.mark.parametrize("estimate", [cv.kfac, cv.ekfac, cv.tkfac, cv.diagonal, cv.shampoo])
+def test_a_model_that_draws_leaves_the_global_generator_alone(estimate: Any, engine: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    model_fn, params = cv.functional(net)
+    before = torch.get_rng_state()
+    first, second = (estimate(model_fn, params, (X, Y), engine=engine) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.trace(), second.trace())

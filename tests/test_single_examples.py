@@ -177,6 +177,22 @@ def test_models_whose_examples_are_independent_are_exact_one_by_one(model: str, 
     torch.testing.assert_close(trace, exact.trace(), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("engine", ["functional", "autograd"])
+def test_distances_are_pulled_back_one_vector_at_a_time(engine: str) -> None:
+    # torch.func.vmap of the vector-Jacobian product of cdist is wrong in torch 2.13, so jacrev is no reference
+    model_fn = between(lambda h: torch.exp(-torch.cdist(h, normal(8, 4, 4))))
+    expected = torch.zeros(20, dtype=torch.float64)
+    for n in range(len(X)):
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in PARAMS.items()}
+        outputs = model_fn(leaves, X[n : n + 1])[0]
+        rows = [torch.autograd.grad(f, list(leaves.values()), retain_graph=True) for f in outputs]
+        jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+        p = outputs.detach().softmax(0)
+        expected += ((p.diag() - p.outer(p)) @ jacobian * jacobian).sum(0) / len(X)
+    curv = cv.diagonal(model_fn, PARAMS, (X, TARGETS), fisher="type-2", engine=engine)
+    torch.testing.assert_close(cv.ravel(curv.diag()), expected, rtol=1e-9, atol=1e-13)
+
+
 # --- two axes of the same length -----------------------------------------------------------------------------------
 
 TIME_FIRST: dict[str, ModelFn] = {

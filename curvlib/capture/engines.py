@@ -10,6 +10,7 @@ Two engines execute the same plan. Only gradients of layer outputs are taken, ne
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -93,6 +94,14 @@ def on_copies(model_fn: ModelFn) -> ModelFn:
     return lambda params, inputs: model_fn(params, containers.map_tensors(Tensor.clone, inputs))
 
 
+def own_draws(leaves: list[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Leaves torch's generators as they are, whatever a model draws; under a transform they cannot be set back."""
+    if not is_eager():
+        return contextlib.nullcontext()
+    devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
+    return torch.random.fork_rng(devices)
+
+
 class Replay(TorchFunctionMode):
     """Counts the known calls and hands those that the plan names to ``visit``."""
 
@@ -164,7 +173,7 @@ class FunctionalPullback:
 
     def __init__(self, plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Record) -> None:
         self.plan, self.examples = plan, examples_in(inputs)
-        self.width = stack_width(plan, self.examples)
+        self.width = 1 if plan.unbatched else stack_width(plan, self.examples)
         leaf = flatten(params)[0][0]
 
         structure: Any = None
@@ -192,7 +201,7 @@ class FunctionalPullback:
             torch.zeros((), dtype=site.dtype, device=leaf.device).expand(site.output_shape(self.examples))
             for site in plan.sites
         ]
-        with differentiable(), uncompiled():
+        with differentiable(), uncompiled(), own_draws([leaf]):
             self.outputs, self._pull, tensors = torch.func.vjp(perturbed, zeros, has_aux=True)  # type: ignore[misc]
         self.kept: list[Any] = unflatten(structure, tensors)
 
@@ -254,8 +263,7 @@ class AutogradPullback:
         self.plan, self.examples = plan, examples_in(inputs)
         self.width = stack_width(plan, self.examples)
         leaves, _ = flatten(params)
-        devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-        with differentiable(), uncompiled(), torch.random.fork_rng(devices):
+        with differentiable(), uncompiled(), own_draws(leaves):
             self._root = torch.zeros((), device=leaves[0].device, requires_grad=True)
             try:
                 self._run(model_fn, params, inputs, record)

@@ -38,6 +38,7 @@ from curvlib.capture.operations import (
 from curvlib.errors import CaptureError
 
 MANY_PIECES = 64
+WRONGLY_MAPPED = ("_cdist_forward", "_euclidean_dist", "_pdist_forward")  # by torch.func.vmap of their vjp, torch 2.13
 FILLING = ("masked_scatter", "masked_scatter_")
 
 
@@ -69,12 +70,14 @@ class Flow:
     Attributes:
         examples: which axes count examples.
         writes_inputs: whether the model changes its inputs in place.
+        unbatched: whether there are operations whose backward pass torch maps over vectors wrongly.
     """
 
     def __init__(self, examples: Examples, parameters: dict[int, str]) -> None:
         self.examples = examples
         self.parameters = parameters  # names by storage
         self.writes_inputs = False
+        self.unbatched = False
         self.inputs: set[int] = set()  # storages
         self.contents: dict[int, tuple[Tensor, Content]] = {}  # by identity; tensors are kept alive
         self.written: dict[int, Content] = {}  # by storage
@@ -156,6 +159,7 @@ class Flow:
         operands, outputs = tensors_in((args, tuple(kwargs.values()))), tensors_in(result)
         found = [(x, content) for x in operands if (content := self.content(x)) is not None]
         name = operation(func)
+        self.unbatched |= name in WRONGLY_MAPPED
         if name in CUTTING:
             self.notice_loop(name, bound(func, args, kwargs), operands[0], outputs)
         if not found:

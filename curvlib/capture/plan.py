@@ -133,6 +133,7 @@ class Plan:
         routes: the calls that use parameters, if the model chooses rows by values: a batch may lack those on such rows.
         mixed: what makes the outputs of an example depend on other examples, in words; None: nothing does.
         writes_inputs: whether the model changes its inputs in place.
+        unbatched: whether vectors must be pulled back one at a time by torch.func.
 
     Example:
         >>> import curvlib as cv
@@ -151,6 +152,7 @@ class Plan:
     routes: tuple[Route, ...] = ()
     mixed: str | None = None
     writes_inputs: bool = False
+    unbatched: bool = False
 
     def output_shape(self, examples: int) -> tuple[int, ...]:
         """The shape of the model's output for N examples."""

@@ -185,6 +185,7 @@ def discover(
         routes=routes,
         mixed=mode.hooked if mixed is None or mixed.mixed is None else mixed.mixed,
         writes_inputs=mode.flow.writes_inputs,
+        unbatched=mode.flow.unbatched,
     )
 
 
