@@ -67,9 +67,9 @@ def dimensions(arguments: dict[str, Any], ndim: int) -> set[int]:
     for name in DIMENSIONS:
         value = arguments.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
-            found.add(value % max(1, ndim))
+            found.add(value % ndim)
         elif isinstance(value, (list, tuple)):
-            found |= {int(axis) % max(1, ndim) for axis in value}
+            found |= {int(axis) % ndim for axis in value}
     return found
 
 
