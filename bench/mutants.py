@@ -34,7 +34,7 @@ from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).parent.parent
-PYTEST = ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=no", "-W", "ignore"]
+PYTEST = ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=no", "-W", "ignore", "--assert=plain"]
 TESTS, SECONDS = 30, 6  # of a batch
 LIMIT = 60  # seconds of the processor, not of the clock, after which a batch has failed
 ROOMS = ["top", "capture", "layers", "losses", "estimators", "linalg", "operators", "optim", "influence", "spectrum"]

@@ -444,3 +444,18 @@ def test_faults_of_some_per_cent_are_noticed_in_float32(make: Any) -> None:
         offset = torch.zeros(3, dtype=torch.float64 if double else torch.float32)
         curv = make(lambda p, x, o=offset: model_fn(p, (x + o).float()), params, (torch.randn(5, 3), classes(5)))
         assert curv.mode == "reverse"
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_rounding_that_cancellation_enlarges_is_no_disagreement(mode: str) -> None:
+    x, params = normal(1, 6, 3), {"a": normal(2, 3, 2), "b": normal(3, 3, 2)}
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        large = 1e4 * torch.tanh(x @ p["a"])
+        return (large + torch.sin(x @ p["b"])) - 1e4 * torch.tanh(x @ p["a"]) + x @ p["a"]
+
+    batch = (x, torch.tensor([0, 1, 1, 0, 1, 0]))
+    product = cv.ggn(model_fn, params, batch, mode=mode) @ params
+    exact = cv.ggn(lambda p, x: torch.sin(x @ p["b"]) + x @ p["a"], params, batch) @ params
+    for name in params:
+        torch.testing.assert_close(product[name], exact[name], rtol=1e-9, atol=1e-9)

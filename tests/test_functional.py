@@ -338,3 +338,21 @@ def test_modules_that_look_like_those_work() -> None:
     for module in (initialized, scripted, partly, nn.DataParallel(nn.Linear(3, 2)).module):
         model_fn, params = cv.functional(module)
         assert cv.kfac(model_fn, params, (x, y)).trace() > 0
+
+
+class Open(nn.Module):
+    """Takes what it knows and lets everything else pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, features: Tensor, **others: Any) -> Tensor:
+        return self.layer(features) * others.get("scale", 1.0)
+
+
+def test_a_mapping_with_a_known_name_is_keywords_where_others_are_taken_too() -> None:
+    module, x = Open(), torch.randn(5, 3)
+    model_fn, params = cv.functional(module)
+    torch.testing.assert_close(model_fn(params, {"features": x, "scale": 2.0}), 2 * module(x))
+    torch.testing.assert_close(model_fn(params, x), module(x))
