@@ -174,6 +174,11 @@ def test_a_weight_is_recognized_through_views_and_copies(view: str) -> None:
     assert_exact(case.kfac(), case.ggn())
 
 
+def test_a_rearranged_copy_is_recognized_where_an_axis_has_two_entries() -> None:
+    case = problem(lambda p, x: x @ p["0.w"].T.contiguous(), X, "mse", "mean", params={"0.w": torch.zeros(2, 3)})
+    assert_exact(case.kfac(), case.ggn())
+
+
 def test_chunks_of_a_weight_are_blocks_of_its_slices() -> None:
     def model_fn(p: Params, x: Tensor) -> Tensor:
         return torch.cat([x @ part.T for part in p["0.weight"].chunk(2)], 1)

@@ -44,7 +44,8 @@ def test_not_even_a_factor_changed_in_place_leaves_a_stale_inverse() -> None:
 
 # 2. layers without a gradient reusing the previous layer's tensors
 @pytest.mark.parametrize("engine", ["functional", "autograd"])
-def test_a_layer_that_does_not_reach_the_output_has_no_curvature(engine: str) -> None:
+@pytest.mark.parametrize("fisher", ["mc", "type-2"])
+def test_a_layer_that_does_not_reach_the_output_has_no_curvature(engine: str, fisher: str) -> None:
     def model_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
         hidden = torch.tanh(x @ p["a"])
         hidden @ p["dead"] + p["dead bias"]
@@ -52,7 +53,7 @@ def test_a_layer_that_does_not_reach_the_output_has_no_curvature(engine: str) ->
 
     params = {name: normal(i, 3, 3) for i, name in enumerate(("a", "dead"))} | {"b": normal(7, 3, 2)}
     params["dead bias"] = normal(8, 3)
-    curv = cv.kfac(model_fn, params, (X, Y), engine=engine)
+    curv = cv.kfac(model_fn, params, (X, Y), engine=engine, fisher=fisher)
     assert curv.blocks["dead"].trace() == 0
     assert curv.blocks["a"].trace() > 0
     assert curv.blocks["b"].trace() > 0

@@ -69,6 +69,7 @@ MIXED: dict[str, tuple[ModelFn, Params, Tensor]] = {
     "Gram matrix": (between(lambda h: (h @ h.T).softmax(1) @ h), PARAMS, X),
     "distances": (between(lambda h: torch.cdist(h, h).square().sum(1, keepdim=True) + h), PARAMS, X),
     "einsum": (between(lambda h: torch.einsum("nd,md->nd", h, h)), PARAMS, X),
+    "sum of products": (between(lambda h: h + (h @ h.T).sum(1, keepdim=True)), PARAMS, X),
     "neighbour": (between(lambda h: h + h.roll(1, 0)), PARAMS, X),
     "mirrored": (between(lambda h: h + h.flip(0)), PARAMS, X),
     "shuffled": (between(lambda h: h + h[torch.arange(len(h)).flip(0)]), PARAMS, X),
