@@ -10,7 +10,6 @@ Two engines execute the same plan. Only gradients of layer outputs are taken, ne
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from curvlib.capture.routing import located
 from curvlib.errors import ArgumentError, CaptureError
 from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.table import Entry
-from curvlib.linalg.eager import differentiable, is_eager, ordinary, uncompiled
+from curvlib.linalg.eager import differentiable, is_eager, ordinary, own_draws, uncompiled
 from curvlib.pytree import Tree, flatten, unflatten
 
 ModelFn = Callable[[Any, Any], Any]
@@ -92,14 +91,6 @@ def execute(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, record: Re
 def on_copies(model_fn: ModelFn) -> ModelFn:
     """A model that changes its inputs in place, on copies of them."""
     return lambda params, inputs: model_fn(params, containers.map_tensors(Tensor.clone, inputs))
-
-
-def own_draws(leaves: list[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Leaves torch's generators as they are, whatever a model draws; under a transform they cannot be set back."""
-    if not is_eager():
-        return contextlib.nullcontext()
-    devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-    return torch.random.fork_rng(devices)
 
 
 class Replay(TorchFunctionMode):

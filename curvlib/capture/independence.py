@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlib import containers
-from curvlib.linalg.eager import is_eager, uncompiled
+from curvlib.linalg.eager import is_eager, own_draws, uncompiled
 from curvlib.pytree import Domain, Tree, flatten
 
 ModelFn = Callable[[Any, Any], Any]
@@ -39,7 +39,6 @@ def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -
         return None
     leaves, _ = flatten(params)
     params = Domain.of(params).tree([leaf.detach() for leaf in leaves])
-    devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
 
     def outputs(index: Tensor) -> Tensor:
         def chosen(x: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ def mixed_by_values(model_fn: ModelFn, params: Tree, inputs: Any, number: int) -
             values: Tensor = model_fn(params, containers.map_tensors(chosen, inputs))
         return values
 
-    with torch.random.fork_rng(devices):
+    with own_draws(leaves):
         together = outputs(torch.arange(number))
         tolerance = float(together.abs().amax()) * torch.finfo(together.dtype).eps ** 0.75
         if not torch.allclose(outputs(torch.arange(number)), together, rtol=0, atol=tolerance):

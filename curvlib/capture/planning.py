@@ -32,7 +32,7 @@ from curvlib.errors import (
     UnusedParameterError,
 )
 from curvlib.functional import one_of_several
-from curvlib.linalg.eager import differentiable, is_eager, uncompiled
+from curvlib.linalg.eager import differentiable, is_eager, own_draws, uncompiled
 from curvlib.pytree import Domain, Tree, flatten
 
 ModelFn = Callable[[Any, Any], Any]
@@ -232,8 +232,7 @@ def run(model_fn: ModelFn, mode: Discover, batch: tuple[Any, list[Tensor]], *, f
 
         fake_run = FakeRun(mode.flow)
         if not fake:
-            devices = {leaf.device.index or 0 for leaf in mode.originals if leaf.device.type == "cuda"}
-            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(own_draws(mode.originals))
             stack.enter_context(nothing_saved())
         inputs = containers.map_tensors(stand_in, inputs)
         stand_ins = [stand_in(x).requires_grad_() for x in mode.originals]

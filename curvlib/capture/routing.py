@@ -23,7 +23,7 @@ from curvlib.layers import REWRITES, TABLE
 from curvlib.layers.base import Axes, Entries, Layer
 from curvlib.layers.contraction import Contraction
 from curvlib.layers.elementwise import Elementwise
-from curvlib.linalg.eager import differentiable, is_eager, uncompiled
+from curvlib.linalg.eager import differentiable, is_eager, own_draws, uncompiled
 from curvlib.operators.layout import Region
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -95,8 +95,7 @@ def located(plan: Plan, model_fn: ModelFn, params: Tree, inputs: Any, examples: 
             "this outside of torch.func transforms and traces"
         )
     leaves = flatten(params)[0]
-    devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-    with torch.random.fork_rng(devices), differentiable(), uncompiled(), nothing_saved():
+    with own_draws(leaves), differentiable(), uncompiled(), nothing_saved():
         stand_ins = [leaf.requires_grad_() for leaf in separate([leaf.detach() for leaf in leaves])]
         mode = Locate(plan, stand_ins, examples)
         with mode:

@@ -30,7 +30,7 @@ from curvlib.estimators.statistics import Collector, Pass, Statistics, measure_a
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide
-from curvlib.linalg.eager import differentiable, is_eager, ordinary, uncompiled
+from curvlib.linalg.eager import differentiable, is_eager, ordinary, own_draws, uncompiled
 from curvlib.losses import Loss, check_loss
 from curvlib.operators import BlockDiagonal
 from curvlib.pytree import Domain, Tree, flatten
@@ -89,8 +89,7 @@ def objective_gradient(
 
     if not is_eager():
         return domain.tree(dense(torch.func.grad(objective)(leaves)))
-    devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
-    with differentiable(), uncompiled(), torch.random.fork_rng(devices):
+    with differentiable(), uncompiled(), own_draws(leaves):
         if engine == "functional":
             return domain.tree(dense(torch.func.grad(objective)([leaf.detach() for leaf in leaves])))
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]

@@ -83,6 +83,14 @@ def ordinary(tree: Any) -> Any:
     return containers.map_tensors(ordinary, tree)
 
 
+def own_draws(leaves: list[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Leaves torch's generators as they are, whatever a model draws; under a transform they cannot be set back."""
+    if not is_eager():
+        return contextlib.nullcontext()
+    devices = {leaf.device.index or 0 for leaf in leaves if leaf.device.type == "cuda"}
+    return torch.random.fork_rng(devices)
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Runs what `torch.compile` has compiled as it was written: compiled code takes part in no transform or mode.
