@@ -201,8 +201,9 @@ class Discover(TorchFunctionMode):
         )
         self.sites.append(site)
         self.nodes.append(result.grad_fn)
-        self.regions.append(self.aliases.regions(tensors_in((args, tuple(kwargs.values())))))
-        for operand in tensors_in((args, tuple(kwargs.values()))):
+        operands = tensors_in((args, tuple(kwargs.values())))
+        self.regions.append(self.aliases.regions(operands))
+        for operand in operands:
             product = self.products.get(id(operand))
             if product is not None and self.is_bias_of(product, site):
                 product.shift = len(self.sites) - 1
