@@ -22,7 +22,7 @@ COPIES = {
     torch.clone, Tensor.clone, Tensor.contiguous, Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half,
     Tensor.bfloat16, Tensor.type_as, Tensor.cpu, Tensor.cuda,
 }  # fmt: skip
-SIMPLE = (int, float, str, torch.dtype, torch.device, slice, type(None))
+SIMPLE = frozenset({int, float, bool, str, torch.dtype, torch.device, torch.layout, slice, type(None)})
 LIKE = {
     torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like,
     Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
@@ -147,8 +147,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among a call's arguments or results."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, SIMPLE):
+    kind = type(tree)
+    if kind in SIMPLE:
         return []
-    if type(tree) in (tuple, list):  # most of what there is, and much faster than the general case
+    if kind is tuple or kind is list:  # most of what there is, and much faster than the general case
         return [tensor for part in tree for tensor in tensors_in(part)]
     return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

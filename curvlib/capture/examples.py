@@ -44,7 +44,10 @@ class Examples:
 
 def multiple_of(prime: int, tensor: Tensor) -> int | None:
     """The first axis whose size a prime divides."""
-    return next((i for i, n in enumerate(tensor.shape) if n and n % prime == 0), None)
+    for axis, size in enumerate(tensor.shape):
+        if size and size % prime == 0:
+            return axis
+    return None
 
 
 def expand_examples(output: Tensor, examples: int) -> Tensor:

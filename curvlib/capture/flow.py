@@ -120,7 +120,7 @@ class Flow:
 
     def content(self, tensor: Tensor) -> Content | None:
         """What a tensor is known to hold; None: nothing that depends on the inputs."""
-        written = self.written.get(storage(tensor))
+        written = self.written.get(storage(tensor)) if self.written else None
         if written is not None and written.mixed is not None:
             return written
         held = self.contents.get(id(tensor))
@@ -304,9 +304,9 @@ class FakeRun(FakeTensorMode):
         self.flow = flow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # most of what is asked
+            return torch.device("meta") if self.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
-        if func.namespace == "prim":
-            return self.dispatch(func, types, args, kwargs)
         targets = self.flow.targets(func, args, kwargs)
         result = self.dispatch(func, types, args, kwargs)
         self.flow.follow(func, args, kwargs, result, targets)
