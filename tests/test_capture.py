@@ -242,6 +242,10 @@ REFUSED: dict[str, tuple[Callable[[Params, Tensor], Tensor], Params, list[str]]]
         lambda p, x: F.batch_norm(x @ W["w"], None, None, p["b"], training=True), {"b": WB["b"]}, ["eval()"],
     ),
     "scaled product": (lambda p, x: torch.addmm(p["b"], x, p["w"], alpha=2), WB, ["alpha", "addmm"]),
+    "claimed in part": (
+        lambda p, x: F.layer_norm(p["b"], (2,), p["v"]) + x[:, :2] + p["b"], leaves(b=(2,), v=(2,)),
+        ["'b' and 'v'", "layer_norm", "uses parameter 'b' in a way"],
+    ),
     "no gradients": (torch.no_grad()(lambda p, x: x @ p["w"]), W, ["gradients are disabled"]),
 }  # fmt: skip
 

@@ -292,6 +292,16 @@ def test_data_that_cannot_be_walked_through_again_are_refused() -> None:
         ggn(case.model_fn, case.params, cv.over([]))
 
 
+def test_the_structures_of_operators_on_streamed_data_are_told_apart_by_the_walk_and_not_by_values() -> None:
+    case = mlp()
+    operators = [ggn(case.model_fn, case.params, loader(case)) for _ in range(2)]
+    first, second = (cv.pytree.flatten(operator)[1] for operator in operators)
+    again = cv.pytree.flatten(operators[0])[1]
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != second  # each reads batches of its own, though their values agree
+
+
 def test_wrong_arguments_are_refused_when_the_operator_is_made() -> None:
     case = mlp()
     inputs, targets = case.batch

@@ -379,3 +379,12 @@ def test_dependent_examples_are_found_by_values_in_a_batch_of_any_size(number: i
 def test_one_example_by_itself_and_random_models_tell_nothing_by_values() -> None:
     assert cv.plan(of_this_size(1, lambda h: h - h.mean(0)), PARAMS, X[:1]).mixed is None
     assert cv.plan(of_this_size(6, lambda h: F.dropout(h, 0.5)), PARAMS, X).mixed is None
+
+
+def test_a_model_for_one_size_of_batch_is_taken_under_a_transform_where_no_values_can_be_compared() -> None:
+    def trace(a: Tensor) -> Tensor:
+        return cv.kfac(of_this_size(6, torch.sin), {**PARAMS, "a": a}, (X, TARGETS), fisher="type-2").trace()
+
+    stacked = normal(6, 3, 3, 4)
+    one_by_one = torch.stack([trace(a) for a in stacked])
+    torch.testing.assert_close(torch.vmap(trace)(stacked), one_by_one, rtol=1e-10, atol=0)
