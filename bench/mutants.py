@@ -96,7 +96,7 @@ def record(data: Path, parameters: int, seed: int, tests: Sequence[str]) -> None
         pytest.main([*PYTEST, *tests], plugins=[recorder])
     measured.save()
     passed = {test: seconds for test, seconds in recorder.seconds.items() if test not in recorder.failed}
-    data.with_suffix(".json").write_text(json.dumps(passed))
+    data.with_suffix(".seconds.json").write_text(json.dumps(passed))
 
 
 def function_of(test: str) -> str:
@@ -110,7 +110,7 @@ class Map:
     def __init__(self, data: Path) -> None:
         self.data = coverage.CoverageData(str(data))
         self.data.read()
-        self.seconds: dict[str, float] = json.loads(data.with_suffix(".json").read_text())
+        self.seconds: dict[str, float] = json.loads(data.with_suffix(".seconds.json").read_text())
 
     def tests(self, path: str, line: int, source: str) -> list[str]:
         """The tests that run the statement around a line; for one that runs on import, those that run the file."""
