@@ -117,6 +117,17 @@ def test_before_its_first_root_a_grafted_shampoo_is_its_graft() -> None:
     torch.testing.assert_close(started[3], expected[3])
 
 
+def test_shampoo_has_the_step_sizes_of_adam_without_a_first_moment() -> None:
+    grads = [{"w": random(i, 4, 3), "b": random(i + 9, 3)} for i in range(4)]
+    shampoo = optim.shampoo(0.1, momentum=0.0, weight_decay=0.0, refresh=Every(1))
+    state = shampoo.init(grads[0])
+    adam, _ = after(optim.scale_by_adam(betas=(0.0, 0.95)), grads)
+    for g, magnitude in zip(grads, adam, strict=True):
+        update, state = shampoo.update(g, state, g)
+        for name in g:
+            torch.testing.assert_close(update[name].norm(), 0.1 * magnitude[name].norm())
+
+
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 1000))
 def test_rotating_the_parameters_rotates_the_updates(seed: int) -> None:
