@@ -423,3 +423,18 @@ def test_outputs_that_do_not_count_the_examples_are_a_curvlib_error() -> None:
     for wrong in (lambda p, x: model_fn(p, x)[:3], lambda p, x: model_fn(p, x).mean(), lambda p, x: model_fn(p, x).mT):
         with pytest.raises(errors.CurvlibError):
             cv.kfac(wrong, params, (x, torch.zeros(4).long()))
+
+
+class Ring:
+    """An object that holds itself."""
+
+    def __init__(self, kind: type[Any]) -> None:
+        self.parts = {"self": self} if kind is dict else kind([self])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_the_search_for_tensors_in_an_object_that_holds_itself_comes_to_an_end(kind: type[Any]) -> None:
+    ring = Ring(kind)
+    assert not list(containers.tensors_of(ring))
+    ring.parts = [torch.zeros(1), ring.parts]
+    assert list(containers.tensors_of(ring))

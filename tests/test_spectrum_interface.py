@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -209,6 +210,14 @@ def test_progress_shows_on_a_terminal_only_and_only_if_asked_for(
     assert ("spectral density" in screen.getvalue()) == (progress and stream is Terminal)
 
 
+@pytest.mark.parametrize("find", [spectrum.density, spectrum.trace, spectrum.diagonal])
+def test_no_progress_shows_if_it_was_not_asked_for(find: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    find(Diagonal(torch.rand(6)))
+    assert screen.getvalue() == ""
+
+
 def test_plots_draw_on_the_axes_given() -> None:
     values = Random(generator(0)).positive(60) * 10.0 ** -torch.arange(60).double().remainder(12)
     density = spectrum.density(Diagonal(values), steps=40, probes=2)
@@ -224,3 +233,23 @@ def test_plots_draw_on_the_axes_given() -> None:
         x, y = axes.lines[0].get_data()
         assert len(x) == len(y) == 2000
         assert (y[y == y] > 0).all()
+
+
+def test_a_linear_plot_shows_every_eigenvalue_and_marks_the_largest() -> None:
+    nodes = torch.arange(1.0, 21.0, dtype=torch.float64)
+    density = spectrum.Density(nodes.unsqueeze(0), torch.full((1, 20), 1 / 20, dtype=torch.float64), 20)
+    axes = spectrum.plot_density(density, Figure().subplots(), outliers=3, width=0.5)
+    curve, marks = axes.lines
+    torch.testing.assert_close((curve.get_xdata()[0], curve.get_xdata()[-1]), (1.0 - 4 * 0.5, 20.0 + 4 * 0.5))
+    torch.testing.assert_close(marks.get_xdata().tolist(), [18.0, 19.0, 20.0])
+
+
+def test_a_logarithmic_plot_starts_where_eigenvalues_can_be_told_from_zero() -> None:
+    density = spectrum.density(Diagonal(Random(generator(0)).positive(60)), steps=10, probes=2)
+    (start, *_) = density.plot(Figure().subplots(), scale="log").lines[0].get_xdata()
+    torch.testing.assert_close(start, float(density.nodes.max()) / 10**2)
+
+
+def test_spectra_need_no_matplotlib() -> None:
+    without = "import sys; sys.modules['matplotlib'] = None; import curvlib.spectrum"
+    subprocess.run([sys.executable, "-c", without], check=True, timeout=300)

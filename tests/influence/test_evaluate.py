@@ -180,6 +180,12 @@ def test_mislabel_curve_starts_with_the_greatest_self_influence() -> None:
     assert found.checked.tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
+@pytest.mark.parametrize("number", [5, 40, 3000])
+def test_of_equal_scores_the_first_examples_are_left_out(number: int) -> None:
+    kept = evaluate.without_top(torch.arange(number).remainder(2).float().expand(3, -1), 2)
+    assert (~kept).nonzero().tolist() == [[query, n] for query in range(3) for n in (1, 3)]
+
+
 def test_arguments_are_left_as_they_are() -> None:
     scores, outputs, chosen = torch.randn(2, 6), torch.randn(4, 2), evaluate.subsets(6, number=4)
     copies = [tensor.clone() for tensor in (scores, outputs, chosen)]

@@ -28,6 +28,7 @@ from curvlib.operators import (
     SolvedInverse,
     Sum,
 )
+from curvlib.operators.solved import solutions
 from curvlib.pytree import Domain
 from tests.operators.kronecker_sum_cases import big, dense_sum, eye, products, thoroughly
 from tests.operators.operator_cases import (
@@ -184,3 +185,9 @@ def test_vectors_of_another_shape_and_too_many_rows_are_refused() -> None:
         total.inverse() @ torch.zeros(4, 3, dtype=torch.float64)
     with pytest.raises(ArgumentError, match=r"inverse of a sum of two Kronecker products with 2500 rows"):
         dense_sum(50, 50).inverse().eigenvalues()
+
+
+def test_systems_without_unknowns_have_solutions_without_entries() -> None:
+    nothing = Diagonal(torch.ones(0, dtype=torch.float64))
+    found = solutions(nothing, torch.zeros(3, 0).double(), 1, preconditioner=None, tolerance=1e-9, max_iterations=9)
+    assert found.shape == (3, 0)
