@@ -231,11 +231,6 @@ def build(
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if not isinstance(value, Integral) or value < 1:
             raise ArgumentError(f"{name} must be at least 1 and an integer, got {value!r}")
-    if not isinstance(projection, Projection):
-        raise ArgumentError(
-            "projection must come from curv.power(-0.5, damping).project(R), R a cv.sketch or a cv.EigenSketch, got a "
-            f"{type(projection).__name__}"
-        )
     if not is_eager():
         raise ArgumentError("build writes files and cannot be called inside a transform or a trace; call it outside")
     check_order(data, "an index numbers its examples in the order of the data")
