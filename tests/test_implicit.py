@@ -80,6 +80,18 @@ def test_what_needs_entries_or_eigenvalues_is_that_of_the_matrix() -> None:
     assert_close(draws.mT @ draws / 4000, G + 0.1 * identity(len(G)), 0.1)
 
 
+def test_a_parameter_that_is_one_number_has_a_row_and_a_column() -> None:
+    params = {"scale": normal(0), "w": normal(1, 3)}
+    x, y = normal(2, 5, 3), normal(3, 5, 1)
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return p["scale"] * (x @ p["w"].unsqueeze(1))
+
+    found = ggn(model_fn, params, (x, y), loss=cv.MSE(reduction="sum")).to_dense()
+    J = torch.cat([x @ params["w"].unsqueeze(1), params["scale"] * x], 1)
+    assert_close(found, 2 * J.mT @ J)
+
+
 def test_the_inverse_solves_systems() -> None:
     case = mlp()
     curv = ggn(case.model_fn, case.params, case.batch)
