@@ -226,3 +226,12 @@ def test_a_gradient_of_zeros_has_no_curvature_and_starts_nothing(squared: bool, 
         power = 1 if squared or name == "vector" else 2
         actual = started.blocks[name].power(power).to_dense()
         assert relative_error(actual, expected.blocks[name].power(power).to_dense()) <= 1e-10
+
+
+def test_the_curvature_of_an_embeddings_examples_is_updated_as_that_of_one_hot_inputs() -> None:
+    params, tokens, targets = {"w": normal(0, 4, 3)}, torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, 1, 2, 1, 0])
+    one_hot = nn.functional.one_hot(tokens, 4).double()
+    embedded = shampoo(lambda p, x: nn.functional.embedding(x, p["w"]), params, (tokens, targets), per_example=True)
+    dense = shampoo(lambda p, x: x @ p["w"], params, (one_hot, targets), per_example=True)
+    updated, expected = (shampoo.update(curv, {"w": normal(1, 4, 3)}, 0.5) for curv in (embedded, dense))
+    assert relative_error(updated.to_dense(), expected.to_dense()) <= 1e-10
