@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from curvlib.errors import ArgumentError, ShapeError
 from curvlib.estimators import ImplicitInverse
 from curvlib.influence import preconditioning
 from tests.influence.influence_cases import CASES, EXAMPLES, QUERIES, Case, assert_close, in_batches
+from tests.pairwise import every_pair
 
 DAMPING = 0.05
 INVERSES: dict[str, Callable[[Case], tuple[Any, Any]]] = {  # the inverse, and the damped curvature
@@ -32,28 +34,38 @@ def both(curv: Any, damping: Any) -> tuple[Any, Any]:
     return curv.inverse(damping), curv.damp(damping)
 
 
+@functools.cache
+def made(name: str, kind: str) -> tuple[Case, Any, Any]:
+    """A case, an inverse of its curvature, and the damped curvature."""
+    case = case_of(name)
+    return (case, *INVERSES[kind](case))
+
+
+case_of = functools.cache(lambda name: CASES[name]())
+scores_of = functools.cache(lambda name, kind: made(name, kind)[0].scores(made(name, kind)[1]))
+
+
 def total(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum(0)
 
 
 every_case = pytest.mark.parametrize("name", CASES)
-some_cases = pytest.mark.parametrize("name", ["wide", "positions", "grouped convolution", "embedding", "repeated"])
+SOME_CASES = ("wide", "positions", "grouped convolution", "embedding", "repeated")
+some_cases = pytest.mark.parametrize("name", SOME_CASES)
 every_inverse = pytest.mark.parametrize("kind", INVERSES)
 
 
 @every_inverse
 @every_case
 def test_scores_are_those_of_the_dense_matrix(name: str, kind: str) -> None:
-    case = CASES[name]()
-    inverse, damped = INVERSES[kind](case)
-    assert_close(case.scores(inverse), case.brute_force(damped.to_dense()), 1e-8)
+    case, _, damped = made(name, kind)
+    assert_close(scores_of(name, kind), case.brute_force(damped.to_dense()), 1e-8)
 
 
 @every_inverse
 @every_case
 def test_self_influence_is_the_diagonal_of_the_scores_of_the_training_data(name: str, kind: str) -> None:
-    case = CASES[name]()
-    inverse, damped = INVERSES[kind](case)
+    case, inverse, damped = made(name, kind)
     found = cv.influence.self_influence(inverse, case.model_fn, case.params, case.train)
     expected = Case(case.model_fn, case.params, case.train, case.train).brute_force(damped.to_dense()).diagonal()
     assert_close(found, expected, 1e-8)
@@ -74,22 +86,20 @@ def test_exact_curvature_is_inverted_by_solving(name: str) -> None:
 # --- how the data is batched -------------------------------------------------------------------------------------
 
 
-@some_cases
-@pytest.mark.parametrize("kind", ["kfac", "factored"])
-def test_scores_do_not_depend_on_how_queries_and_training_data_are_batched(name: str, kind: str) -> None:
-    case = CASES[name]()
-    inverse = INVERSES[kind](case)[0]
-    expected = case.scores(inverse)
-    ragged = Case(
-        case.model_fn,
-        case.params,
-        cv.over(in_batches(case.queries, 1, 2, 1)),
-        cv.over(in_batches(case.train, 3, 1, 1, 2)),
-    )
-    for options in ({}, {"query_batch": 1}, {"query_batch": 2}, {"query_batch": 3}):
-        assert_close(ragged.scores(inverse, **options), expected)
-    assert_close(ragged.scores(inverse, aggregate="queries"), expected.sum(0))
-    assert_close(ragged.scores(inverse, aggregate="train"), expected.sum(1))
+BATCHED = [{}, *({"query_batch": n} for n in (1, 2, 3)), {"aggregate": "queries"}, {"aggregate": "train"}]
+
+
+@every_pair("name, kind, options", SOME_CASES, ["kfac", "factored"], BATCHED)
+def test_scores_do_not_depend_on_how_queries_and_training_data_are_batched(
+    name: str, kind: str, options: dict[str, Any]
+) -> None:
+    case, inverse, _ = made(name, kind)
+    queries, train = cv.over(in_batches(case.queries, 1, 2, 1)), cv.over(in_batches(case.train, 3, 1, 1, 2))
+    found = cv.influence.scores(inverse, case.model_fn, case.params, queries, train, **options)
+    expected = scores_of(name, kind)
+    if "aggregate" in options:
+        expected = expected.sum(("queries", "train").index(options["aggregate"]))
+    assert_close(found, expected)
 
 
 def test_training_data_is_read_once_for_as_many_queries_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,18 +159,16 @@ def test_both_engines_give_the_same_scores() -> None:
 # --- what scores are made of -------------------------------------------------------------------------------------
 
 
-@every_inverse
-@every_case
-def test_what_blocks_contribute_adds_up(name: str, kind: str) -> None:
-    case = CASES[name]()
-    inverse = INVERSES[kind](case)[0]
-    expected = case.scores(inverse)
-    parts = case.scores(inverse, by_block=True)
-    assert tuple(parts) == tuple(case.curvature().blocks)
+@every_pair("name, kind, aggregate", CASES, INVERSES, [None, "queries", "train"])
+def test_what_blocks_contribute_adds_up(name: str, kind: str, aggregate: str | None) -> None:
+    case, inverse, _ = made(name, kind)
+    expected = scores_of(name, kind)
+    parts = case.scores(inverse, by_block=True, aggregate=aggregate)
+    assert tuple(parts) == tuple(made(name, "kfac")[2].blocks)
+    if aggregate is not None:
+        expected = expected.sum(("queries", "train").index(aggregate))
+        assert_close(case.scores(inverse, aggregate=aggregate), expected)
     assert_close(total(parts), expected)
-    for aggregate, axis in (("queries", 0), ("train", 1)):
-        assert_close(case.scores(inverse, aggregate=aggregate), expected.sum(axis))
-        assert_close(total(case.scores(inverse, aggregate=aggregate, by_block=True)), expected.sum(axis))
 
 
 @pytest.mark.parametrize("aggregate", ["queries", "train"])
@@ -177,8 +185,8 @@ def test_a_blocks_share_of_an_aggregate_is_the_sum_of_its_shares(aggregate: str)
 @every_inverse
 @pytest.mark.parametrize("name", ["positions", "embedding", "tied", "repeated", "norm", "wide on two positions"])
 def test_what_positions_contribute_adds_up(name: str, kind: str) -> None:
-    case = CASES[name]()
-    inverse = INVERSES[kind](case)[0]
+    case = case_of(name)
+    inverse = made(name, kind)[1]
     shares = case.scores(inverse, per_token=True)
     assert shares.shape[:2] == (QUERIES, EXAMPLES)
     assert_close(shares.sum(-1), case.scores(inverse))
@@ -237,10 +245,9 @@ def test_query_gradients_of_low_rank_are_the_best_approximations(rank: int, kind
 
 @every_case
 def test_query_gradients_of_full_rank_are_exact(name: str) -> None:
-    case = CASES[name]()
     for kind in ("kfac", "factored"):
-        inverse = INVERSES[kind](case)[0]
-        assert_close(case.scores(inverse, query_rank=50), case.scores(inverse))
+        case, inverse, _ = made(name, kind)
+        assert_close(case.scores(inverse, query_rank=50), scores_of(name, kind))
 
 
 @some_cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,19 +59,22 @@ def tree(vector: Tensor, like: Any) -> Any:
 shapes = st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple).filter(lambda sizes: math.prod(sizes) <= 12)
 
 
+trees = st.recursive(
+    shapes.map(Shape),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.sampled_from(["weight", "bias", "a", "z"]), inner, min_size=1, max_size=3)
+        | st.builds(Pair, inner, inner)
+    ),
+    max_leaves=4,
+)
+
+
+@functools.cache
 @st.composite
 def domains(draw: Draw) -> DomainCase:
     """Nested dictionaries, lists, tuples and named tuples of up to four tensors."""
-    trees = st.recursive(
-        shapes.map(Shape),
-        lambda inner: (
-            st.lists(inner, min_size=1, max_size=3)
-            | st.tuples(inner, inner)
-            | st.dictionaries(st.sampled_from(["weight", "bias", "a", "z"]), inner, min_size=1, max_size=3)
-            | st.builds(Pair, inner, inner)
-        ),
-        max_leaves=4,
-    )
     like = optree.tree_map(lambda leaf: torch.zeros(leaf.sizes, dtype=torch.float64), draw(trees))
     leaves = optree.tree_leaves(like)
     numbers = torch.arange(sum(leaf.numel() for leaf in leaves)).split([leaf.numel() for leaf in leaves])
@@ -94,13 +98,16 @@ def piece(number: int, leaf: Tensor, view: Callable[[Tensor], Tensor]) -> Piece:
     return Piece(Region.strided(number, leaf.shape, seen.storage_offset(), seen.size(), seen.stride()), seen)
 
 
+uncut = st.sampled_from(["whole", "permuted"])
+ways = st.sampled_from(["whole", "permuted", "halves", "interleaved"])
+
+
 @st.composite
 def cuts(draw: Draw, number: int, leaf: Tensor) -> list[Piece]:
     """A leaf as it is, permuted, or cut in two along an axis, every second row or not."""
     leaf = leaf.clone()  # with an offset of its own
     order = draw(st.permutations(range(leaf.ndim)))
-    ways = ["whole", "permuted", "halves", "interleaved"]
-    way = draw(st.sampled_from(ways if leaf.ndim and max(leaf.shape) > 1 else ways[:2]))
+    way = draw(ways if leaf.ndim and max(leaf.shape) > 1 else uncut)
     if way == "whole":
         return [Piece(Region.whole(number, leaf.shape), leaf)]
     if way == "permuted":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ Draw = Callable[[st.SearchStrategy], object]
 Sides = tuple[tuple[Tensor, Tensor], ...]  # (G, A) of each group
 
 moderately = settings(deadline=None, max_examples=8)
+sparingly = settings(deadline=None, max_examples=4)  # of each cell of a grid of options
+one_of = functools.cache(st.sampled_from)  # strategies are checked once
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ def joined(stacks: Sequence[Tensor]) -> Tensor:
 FACTORS = ("dense", "diagonal", "scaled identity", "dense blocks")
 EIGEN = ("eigen", "canonical eigen", "block eigen")
 Block = tuple[Operator, Tensor, Sides | None]  # operator, dense twin, factors
+SHARED_SIDES = st.sampled_from([(False, False), (True, False), (False, True)])  # by all groups
 
 
 def matrix_block(kind: str, shape: tuple[int, ...], random: Random) -> Block:
@@ -174,13 +178,12 @@ def matrix_block(kind: str, shape: tuple[int, ...], random: Random) -> Block:
     return operator, torch.block_diag(*matrices.reshape(-1, shape[-1], shape[-1])), None
 
 
-def kronecker_block(draw: Draw, shape: tuple[int, ...], random: Random, kinds: Sequence[str]) -> Block:
+def kronecker_block(draw: Draw, shape: tuple[int, ...], random: Random, kinds: tuple[str, ...]) -> Block:
     *front, m, n = shape
     groups = torch.Size(front).numel()
-    # a side may be shared by all groups
-    fronts = draw(st.sampled_from([(front, front), ([], front), (front, [])])) if front else ([], [])
-    left, g = side(draw(st.sampled_from(kinds)), (*fronts[0], m), random)
-    right, a = side(draw(st.sampled_from(kinds)), (*fronts[1], n), random)
+    shared = draw(SHARED_SIDES) if front else (False, False)
+    left, g = side(draw(one_of(kinds)), (*([] if shared[0] else front), m), random)
+    right, a = side(draw(one_of(kinds)), (*([] if shared[1] else front), n), random)
     g, a = g.expand(*front, m, m).reshape(groups, m, m), a.expand(*front, n, n).reshape(groups, n, n)
     sides = tuple(zip(g, a, strict=True))
     return Kronecker(left, right), torch.block_diag(*(torch.kron(g, a) for g, a in sides)), sides
@@ -207,10 +210,10 @@ def eigen_kronecker_block(draw: Draw, shape: tuple[int, ...], random: Random) ->
 def block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: bool = False) -> Block:
     """An operator of any class on tensors of this shape; ``mergeable``: not in eigen-form."""
     sides = FACTORS if mergeable else FACTORS + EIGEN
-    kinds = list(sides) if len(shape) == 1 else ["diagonal", "kronecker", "kronecker", "sum"]
+    kinds = sides if len(shape) == 1 else ("diagonal", "kronecker", "kronecker", "sum")
     if len(shape) > 1 and not mergeable:
-        kinds.append("eigen kronecker")
-    match kind := draw(st.sampled_from(kinds)):
+        kinds += ("eigen kronecker",)
+    match kind := draw(one_of(kinds)):
         case "kronecker":
             return kronecker_block(draw, shape, random, sides)
         case "eigen kronecker":
@@ -224,7 +227,7 @@ def block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: bool
 def sum_block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: bool = False) -> Block:
     sides = FACTORS if mergeable else FACTORS + EIGEN
     terms = [kronecker_block(draw, shape, random, sides) for _ in range(draw(st.integers(1, 2)))]
-    last = draw(st.sampled_from(["diagonal", "kronecker"] if mergeable else ["diagonal", "kronecker", "eigen"]))
+    last = draw(one_of(("diagonal", "kronecker") if mergeable else ("diagonal", "kronecker", "eigen")))
     match last:
         case "diagonal":
             terms.append(matrix_block("diagonal", shape, random))
@@ -285,13 +288,18 @@ every_damping = pytest.mark.parametrize(
     ids=["number", "tikhonov", "factored", "factored relative", "relative"],
 )
 
-extents = st.integers(1, 4)
+extents, small = st.integers(1, 4), st.integers(1, 3)
+matrix_shapes = st.tuples(extents) | st.tuples(extents, extents)
+any_shapes = st.lists(small, min_size=1, max_size=3).map(tuple)
+product_shapes = st.tuples(extents, extents) | st.tuples(small, small, small)
+seeds = st.integers(0, 2**31)
 
 
+@functools.cache
 @st.composite
 def cases(draw: Draw, kind: str, *, mergeable: bool = False) -> Case:
     """An operator of one class, and its twin."""
-    random = Random(generator(draw(st.integers(0, 2**31))))
+    random = Random(generator(draw(seeds)))
     sides = FACTORS if mergeable else FACTORS + EIGEN
     match kind:
         case "block diagonal":
@@ -301,13 +309,10 @@ def cases(draw: Draw, kind: str, *, mergeable: bool = False) -> Case:
             terms = [block_diagonal(draw, domain, random) for _ in range(2)]
             return whole(Sum(tuple(t.operator for t in terms)), terms[0].dense + terms[1].dense, domain.like)
         case "dense" | "eigen" | "canonical eigen" | "dense blocks" | "block eigen":
-            return tensor_case(matrix_block(kind, draw(st.tuples(extents) | st.tuples(extents, extents)), random))
+            return tensor_case(matrix_block(kind, draw(matrix_shapes), random))
         case "diagonal" | "scaled identity":
-            return tensor_case(
-                matrix_block(kind, tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))), random)
-            )
-    matrices = st.tuples(extents, extents)
-    shape = draw(matrices | st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)))
+            return tensor_case(matrix_block(kind, draw(any_shapes), random))
+    shape = draw(product_shapes)
     match kind:
         case "kronecker":
             return tensor_case(kronecker_block(draw, shape, random, sides))

@@ -25,6 +25,7 @@ from tests.operators.operator_cases import (
     generator,
     matrix_function,
     moderately,
+    sparingly,
 )
 
 exponents = st.sampled_from([-2, -1, -0.5, 0.25, 0.5, 1, 1.5, 2])
@@ -96,7 +97,7 @@ def test_power_zero_is_the_identity(kind: str, data: st.DataObject) -> None:
 
 @every_kind
 @every_damping
-@moderately
+@sparingly
 @given(data=st.data())
 def test_damp_adds_what_the_formulas_say(kind: str, damping: Damping | float, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
@@ -105,7 +106,7 @@ def test_damp_adds_what_the_formulas_say(kind: str, damping: Damping | float, da
 
 @every_kind
 @every_damping
-@moderately
+@sparingly
 @given(data=st.data())
 def test_damped_operator_times_inverse_is_the_identity(
     kind: str, damping: Damping | float, data: st.DataObject
@@ -128,7 +129,7 @@ def test_inverse_without_damping_solves(kind: str, data: st.DataObject) -> None:
 
 @every_kind
 @every_damping
-@moderately
+@sparingly
 @given(data=st.data(), p=exponents)
 def test_power_is_that_of_the_damped_operator(
     kind: str, damping: Damping | float, data: st.DataObject, p: float
@@ -169,7 +170,7 @@ def test_diag_trace_norm_eigenvalues_and_logdet_are_the_twins(kind: str, data: s
 
 @every_kind
 @every_damping
-@moderately
+@sparingly
 @given(data=st.data())
 def test_diag_trace_norm_eigenvalues_and_logdet_of_the_inverse_are_the_twins(
     kind: str, damping: Damping | float, data: st.DataObject
