@@ -270,7 +270,7 @@ def test_many_sweeps_over_examples_give_the_product_nearest_to_the_empirical_fis
             case.batch(),
             loss=cv.CrossEntropy(reduction),
             per_example=True,
-            sweeps=300,
+            sweeps=100,
             start=start,
         )
         for name, block in curv.blocks.items():
