@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from exactness_problems import Problem, assert_exact, normal, problem
 from layer_zoo import Params
+from pairwise import every_pair
 from torch import Tensor
 
 import curvlib as cv
 
 EXPERTS, WIDTH = 3, 3
 Expert = Callable[[int, Tensor], Tensor]
-every_engine = pytest.mark.parametrize("engine", ["functional", "autograd"])
+ENGINES = ("functional", "autograd")
+every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def rule(x: Tensor) -> Tensor:
@@ -126,9 +129,7 @@ def sent_to(x: Tensor, expert: int) -> Tensor:
 # --- exact cases --------------------------------------------------------------------------------------------------
 
 
-@every_form
-@every_engine
-@pytest.mark.parametrize("shape", [(9, WIDTH), (4, 3, WIDTH)])
+@every_pair("form, engine, shape", FORMS, ENGINES, [(9, WIDTH), (4, 3, WIDTH)])
 def test_kfac_is_exact_for_linear_experts(form: str, engine: str, shape: tuple[int, ...]) -> None:
     found = load(form, identity, "mse", normal(3, *shape))
     assert sorted({int(e) for e in rule(found.batch[0]).flatten()}) == [0, 1, 2]
@@ -160,9 +161,7 @@ def test_factors_are_the_mean_over_routed_rows_and_the_sum_of_their_gradients(en
         torch.testing.assert_close(curv.blocks[f"{e}a.weight"].to_dense(), expected, rtol=1e-11, atol=1e-14)
 
 
-@every_form
-@every_engine
-@pytest.mark.parametrize("shape", [(9, WIDTH), (4, 3, WIDTH)])
+@every_pair("form, engine, shape", FORMS, ENGINES, [(9, WIDTH), (4, 3, WIDTH)])
 def test_the_trace_of_corrected_curvature_is_that_of_the_exact_ggn(
     form: str, engine: str, shape: tuple[int, ...]
 ) -> None:
@@ -193,14 +192,16 @@ ESTIMATORS: dict[str, Callable[..., cv.BlockDiagonal]] = {
     "ekfac, one vector": lambda *args, **options: cv.ekfac(*args, **{**options, "fisher": "empirical"}),
     "tkfac": cv.tkfac,
 }
-every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+POSITIONWISE = ("kfac", "kfac, wide", "kfac, forward-only")
+EXAMPLEWISE = ("ekfac", "ekfac, one vector", "tkfac")  # need the gradients of whole examples
+REDUCTIONS = ("mean", "sum")
 
 
-@every_form
-@every_estimator
+@pytest.mark.parametrize(
+    ("form", "estimator"),
+    [*itertools.product(FORMS, POSITIONWISE), *itertools.product(["by_nonzero"], EXAMPLEWISE)],
+)
 def test_experts_without_a_row_have_zero_blocks_and_damping_does_the_rest(form: str, estimator: str) -> None:
-    if estimator.startswith(("ekfac", "tkfac")):
-        form = "by_nonzero"
     found = load(form, torch.tanh, "cross-entropy", sent_to(X, 1))
     curv = ESTIMATORS[estimator](found.model_fn, found.params, found.batch, fisher="type-2")
     step = curv.inverse(0.5) @ found.params
@@ -210,31 +211,38 @@ def test_experts_without_a_row_have_zero_blocks_and_damping_does_the_rest(form: 
         assert name.startswith("1") or torch.allclose(step[name], 2 * leaf, rtol=1e-12)
 
 
-@every_form
-@every_estimator
-def test_a_data_set_whose_batches_hit_different_experts_is_one_big_batch(form: str, estimator: str) -> None:
-    if estimator.startswith(("ekfac", "tkfac")):  # whose gradients are those of whole examples
-        form = "by_mask"
+@every_pair("estimator, form, reduction", POSITIONWISE, FORMS, REDUCTIONS)
+def test_a_data_set_whose_batches_hit_different_experts_is_one_big_batch(
+    form: str, estimator: str, reduction: str
+) -> None:
+    check_pieces(form, estimator, reduction)
+
+
+@every_pair("estimator, reduction", EXAMPLEWISE, REDUCTIONS)
+def test_such_a_data_set_is_one_big_batch_for_estimators_of_whole_examples(estimator: str, reduction: str) -> None:
+    check_pieces("by_mask", estimator, reduction)
+
+
+def check_pieces(form: str, estimator: str, reduction: str) -> None:
     found = load(form, torch.tanh, "cross-entropy", torch.cat([sent_to(X, 0)[:4], X[:2], sent_to(X, 2)]))
     pieces = list(zip(*(tensor.split([4, 2, 9]) for tensor in found.batch), strict=True))
-    for reduction in ("mean", "sum"):
-        one, other = (
-            ESTIMATORS[estimator](
-                found.model_fn, found.params, data, loss=cv.CrossEntropy(reduction), fisher="type-2"
-            ).to_dense()
-            for data in (found.batch, cv.over(pieces))
-        )
-        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-13)
+    options: dict[str, Any] = {"loss": cv.CrossEntropy(reduction), "fisher": "type-2"}
+    one, other = (
+        ESTIMATORS[estimator](found.model_fn, found.params, data, **options).to_dense()
+        for data in (found.batch, cv.over(pieces))
+    )
+    torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-13)
 
 
 @every_form
-@every_engine
-def test_a_plan_serves_any_routing(form: str, engine: str) -> None:
+def test_a_plan_serves_any_routing(form: str) -> None:
     found = load(form, torch.tanh, "cross-entropy", X)
     plan = cv.plan(found.model_fn, found.params, sent_to(X[:2], 0))
-    assert plan == cv.plan(found.model_fn, found.params, X)
-    assert hash(plan) == hash(cv.plan(found.model_fn, found.params, X))
-    assert torch.equal(found.kfac(plan=plan, engine=engine).to_dense(), found.kfac(engine=engine).to_dense())
+    same = cv.plan(found.model_fn, found.params, X)
+    assert plan == same
+    assert hash(plan) == hash(same)
+    for engine in ENGINES:
+        assert torch.equal(found.kfac(plan=plan, engine=engine).to_dense(), found.kfac(engine=engine).to_dense())
 
 
 def test_a_plan_says_which_rows_are_chosen_by_values() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -63,11 +64,32 @@ def assert_detached(tree: Any) -> None:
     assert not any(leaf.requires_grad for leaf in flatten(tree)[0] if isinstance(leaf, Tensor))
 
 
-@pytest.mark.parametrize("source", [lambda given: given, streamed], ids=["batch", "loader"])
-@pytest.mark.parametrize("estimator", [*ESTIMATORS, *MATRIX_FREE])
-def test_no_leaf_of_a_product_requires_grad(estimator: str, source: Callable[[Problem], Problem]) -> None:
+SOURCES = {"batch": lambda given: given, "loader": streamed}
+
+
+def names(estimators: dict[str, Any], way: str) -> list[str]:
+    return [key.removesuffix(f", {way}") for key in estimators if key.endswith(f", {way}")]
+
+
+@every_pair("name, engine, source", names(ESTIMATORS, "autograd"), ["functional", "autograd"], SOURCES)
+def test_no_leaf_of_a_product_requires_grad(name: str, engine: str, source: str) -> None:
+    check_products(ESTIMATORS[f"{name}, {engine}"], SOURCES[source])
+
+
+@pytest.mark.parametrize("estimator", ["ekfac in two passes", "eigenvalue_correct"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_leaf_of_a_corrected_product_requires_grad(estimator: str, source: str) -> None:
+    check_products(ESTIMATORS[estimator], SOURCES[source])
+
+
+@every_pair("name, mode, source", names(MATRIX_FREE, "forward"), ["forward", "reverse"], SOURCES)
+def test_no_leaf_of_a_matrix_free_product_requires_grad(name: str, mode: str, source: str) -> None:
+    check_products(MATRIX_FREE[f"{name}, {mode}"], SOURCES[source])
+
+
+def check_products(estimator: Callable[..., Operator], source: Callable[[Problem], Problem]) -> None:
     given = source(problem())
-    curv = (ESTIMATORS | MATRIX_FREE)[estimator](*given)
+    curv = estimator(*given)
     assert_detached(curv)
     v = {name: leaf.detach() for name, leaf in given[1].items()}
     stacked = {name: torch.stack([leaf, 2 * leaf]) for name, leaf in v.items()}

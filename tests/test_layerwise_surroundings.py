@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.utils._pytree as torch_pytree
 from exactness_problems import normal
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -38,9 +39,9 @@ def exact_trace(model_fn: Any, params: Any) -> Tensor:
     return reference.ggn(model_fn, params, (X, Y), reference.cross_entropy, "mean").trace()
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("engine", [None, "functional", "autograd"])
-@pytest.mark.parametrize("made", ["before", "inside", "inside, used outside"])
+@every_pair(
+    "net, engine, made", NETS, [None, "functional", "autograd"], ["before", "inside", "inside, used outside"]
+)
 def test_curvature_is_right_in_inference_mode(net: str, engine: str | None, made: str) -> None:
     model_fn, params = cv.functional(NETS[net]().double())
     expected, kfac = exact_trace(model_fn, params), cv.kfac(model_fn, params, (X, Y), fisher="type-2")
@@ -74,9 +75,12 @@ def test_a_forward_that_is_decorated_with_inference_mode_is_refused(engine: str)
         cv.kfac(lambda p, x: encode(p, x) @ p["b"], PARAMS, (X, Y), engine=engine)
 
 
-@pytest.mark.parametrize("engine", ["functional", "autograd"])
-@pytest.mark.parametrize("how", ["module", "in place", "part", "function"])
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@every_pair(
+    "how, engine, backend",
+    ["module", "in place", "part", "function"],
+    ["functional", "autograd"],
+    ["inductor", "aot_eager"],
+)
 def test_compiled_models_are_looked_at_as_they_were_written(how: str, engine: str, backend: str) -> None:
     net: Any = NETS["linear"]().double()
     model_fn: Any

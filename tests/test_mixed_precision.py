@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -173,11 +174,27 @@ ROUNDED: dict[str, Callable[..., Operator]] = {
 }
 
 
+@functools.cache
+def problem_of(name: str, exact: bool) -> Problem:
+    return Problem.of(name, exact=exact)
+
+
+@functools.cache
+def rounded(name: str, estimator: str) -> Operator:
+    return ROUNDED[estimator](*problem_of(name, False).model)
+
+
+@functools.cache
+def in_double(estimator: str, exact: bool) -> Operator:
+    """The curvature of the model in float64, which is one for all cases."""
+    return (EXACT if exact else ROUNDED)[estimator](*problem_of("bfloat16", exact).twin)
+
+
 @every_case
 @pytest.mark.parametrize("estimator", EXACT)
 def test_where_nothing_is_rounded_the_numbers_are_those_of_the_model_in_float64(name: str, estimator: str) -> None:
-    problem = Problem.of(name, exact=True)
-    curv, twin = (EXACT[estimator](*p) for p in (problem.model, problem.twin))
+    problem = problem_of(name, True)
+    curv, twin = EXACT[estimator](*problem.model), in_double(estimator, True)
     assert curv.dtypes == {problem.dtype}
     assert torch.equal(curv.to_dense().double(), twin.to_dense())
 
@@ -185,8 +202,8 @@ def test_where_nothing_is_rounded_the_numbers_are_those_of_the_model_in_float64(
 @every_case
 @pytest.mark.parametrize("estimator", ROUNDED)
 def test_numbers_are_those_of_the_model_in_float64_up_to_rounding(name: str, estimator: str) -> None:
-    problem = Problem.of(name, exact=False)
-    curv, twin = (ROUNDED[estimator](*p) for p in (problem.model, problem.twin))
+    problem = problem_of(name, False)
+    curv, twin = rounded(name, estimator), in_double(estimator, False)
     assert curv.dtypes == {problem.dtype}
     if "shampoo" in estimator and estimator != "kl_shampoo":  # the root of few gradients is less well determined
         curv, twin = curv.power(2), twin.power(2)
@@ -200,9 +217,9 @@ def test_numbers_are_those_of_the_model_in_float64_up_to_rounding(name: str, est
 @every_case
 @pytest.mark.parametrize("estimator", ROUNDED)
 def test_products_and_steps_come_back_in_the_dtypes_of_the_parameters(name: str, estimator: str) -> None:
-    problem = Problem.of(name, exact=False)
+    problem = problem_of(name, False)
     params = problem.model[1]
-    curv = ROUNDED[estimator](*problem.model)
+    curv = rounded(name, estimator)
     scale = float(curv.frobenius_norm())
     damped = curv.damp(2 * scale)  # the Hessian is indefinite
     images = [curv @ params, (curv + curv) @ params, damped @ params]

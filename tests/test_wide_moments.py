@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from exactness_problems import KINDS, Problem, generator, normal, problem
 from gradient_cases import relative_error, run, unfolding
+from pairwise import every_pair
 from reference import jacobians
 from torch import Tensor, nn
 
@@ -27,7 +28,6 @@ CHOICES: dict[str, Callable[[int], Any]] = {
 }
 every_choice = pytest.mark.parametrize("choice", CHOICES)
 other_choices = pytest.mark.parametrize("choice", [name for name in CHOICES if name != "diagonal"])
-both_engines = pytest.mark.parametrize("engine", ["functional", "autograd"])
 
 
 def kept(matrices: Tensor, wide: Wide) -> Tensor:
@@ -157,10 +157,7 @@ def trace_restricted(left: Tensor, right: Tensor) -> Tensor:
     return Kronecker(cv.Dense(left), cv.Dense(right / trace)).to_dense()
 
 
-@every_choice
-@pytest.mark.parametrize("sizes", [(7,), (3, 3, 1)])
-@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical"])
-@pytest.mark.parametrize("model", MODELS)
+@every_pair("model, fisher, sizes, choice", MODELS, ["type-2", "mc", "empirical"], [(7,), (3, 3, 1)], CHOICES)
 def test_tkfac_keeps_what_it_says(model: str, fisher: str, sizes: tuple[int, ...], choice: str) -> None:
     case = case_of(model)
     loss = case.kind.loss(case.reduction)
@@ -184,9 +181,7 @@ def test_tkfac_keeps_what_it_says(model: str, fisher: str, sizes: tuple[int, ...
             assert relative_error(block.to_dense(), trace_restricted(left, right)) <= 1e-9
 
 
-@every_choice
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("model", MODELS)
+@every_pair("model, fisher, choice", MODELS, ["type-2", "empirical"], CHOICES)
 def test_every_choice_keeps_tkfacs_trace(model: str, fisher: str, choice: str) -> None:
     case = case_of(model)
     loss = case.kind.loss(case.reduction)
@@ -199,10 +194,7 @@ def test_every_choice_keeps_tkfacs_trace(model: str, fisher: str, choice: str) -
         torch.testing.assert_close(block.trace(), expected, rtol=1e-10, atol=0)
 
 
-@every_choice
-@both_engines
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("model", MODELS)
+@every_pair("model, squared, engine, choice", MODELS, [False, True], ["functional", "autograd"], CHOICES)
 def test_shampoo_of_examples_keeps_what_it_says(model: str, squared: bool, engine: str, choice: str) -> None:
     case = case_of(model)
     parts = split(case.batch, (4, 3))
@@ -226,9 +218,7 @@ def test_shampoo_of_examples_keeps_what_it_says(model: str, squared: bool, engin
                 assert relative_error(block.to_dense(), trace_restricted(left, right)) <= 1e-9
 
 
-@every_choice
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("model", MODELS)
+@every_pair("model, squared, choice", MODELS, [False, True], CHOICES)
 def test_shampoo_of_objectives_keeps_what_it_says(model: str, squared: bool, choice: str) -> None:
     case = case_of(model)
     parts = split(case.batch, (2, 4, 1))
@@ -272,9 +262,7 @@ def grads(seed: int) -> dict[str, Tensor]:
     return {"matrix": normal(seed, 4, 7), "tensor": normal(seed + 1, 6, 3, 4), "vector": normal(seed + 2, 8)}
 
 
-@every_choice
-@pytest.mark.parametrize("decay", [None, 0.0, 0.9, 1.0])
-@pytest.mark.parametrize("squared", [False, True])
+@every_pair("squared, decay, choice", [False, True], [None, 0.0, 0.9, 1.0], CHOICES)
 def test_updates_keep_what_they_say(squared: bool, decay: float | None, choice: str) -> None:
     wide, stream = CHOICES[choice](4), [grads(10 * t) for t in range(4)]
     curv = run(shampoo, stream, decay, squared=squared, elementwise="dense", wide=wide)
