@@ -11,6 +11,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from exactness_problems import generator, normal, randomized
+from pairwise import every_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -218,10 +219,7 @@ def bags(table: Tensor, tokens: Tensor, kind: str, padding: int | None) -> Tenso
     return torch.stack(result)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("padding", [None, 1])
-@pytest.mark.parametrize("kind", ["sum", "mean"])
+@every_pair("kind, padding, sparse, mode", ["sum", "mean"], [None, 1], [False, True], ["forward", "reverse"])
 def test_bags_of_rows_are_sums_of_rows(kind: str, padding: int | None, sparse: bool, mode: str) -> None:
     layer = nn.EmbeddingBag(5, 3, mode=kind, padding_idx=padding, sparse=sparse).double()
     tokens = torch.tensor([[1, 1, 1], [0, 1, 4], [3, 3, 2], [2, 0, 1]])
@@ -266,9 +264,12 @@ def test_bags_of_weighed_rows_are_weighed_sums_and_largest_rows_are_refused() ->
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
-@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-@pytest.mark.parametrize("dim", [0, 1, None])
+@every_pair(
+    "dim, normalize, mode",
+    [0, 1, None],
+    [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm],
+    ["forward", "reverse"],
+)
 def test_normalized_weights_have_the_curvature_of_their_formula(normalize: Any, mode: str, dim: int | None) -> None:
     model_fn, params, inputs = of_module(
         nn.Sequential(normalize(nn.Linear(3, 4), dim=dim), nn.Tanh(), nn.Linear(4, 2)), normal(0, 5, 3)
@@ -381,10 +382,13 @@ def test_straight_through_gradients_have_the_curvature_of_a_shifted_model() -> N
     assert_close(hessian(model_fn, params, batch).to_dense(), truth)
 
 
-@pytest.mark.parametrize("make", ALL)
-@pytest.mark.parametrize("option", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
-@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-@pytest.mark.parametrize("frozen", [False, True])
+@every_pair(
+    "frozen, kind, option, make",
+    [False, True],
+    [nn.Embedding, nn.EmbeddingBag],
+    [{"max_norm": 0.5}, {"scale_grad_by_freq": True}],
+    ALL,
+)
 def test_tables_that_change_or_count_are_refused_and_stay_as_they_are(
     make: Any, option: Any, kind: Any, frozen: Any
 ) -> None:
@@ -410,9 +414,7 @@ def deep(dtype: torch.dtype, *, norm: bool) -> tuple[Any, Any, Tensor]:
     return model_fn, {name: leaf.to(dtype) for name, leaf in values.items()}, normal(3, 20, 16).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("make", [ggn, hessian])
+@every_pair("make, norm, dtype", [ggn, hessian], [False, True], [torch.float32, torch.bfloat16])
 def test_rounding_is_no_disagreement(make: Any, dtype: torch.dtype, norm: bool) -> None:
     model_fn, params, inputs = deep(dtype, norm=norm)
     assert make(model_fn, params, (inputs, classes(20))).mode == "forward"

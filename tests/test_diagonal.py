@@ -12,6 +12,7 @@ from exactness_problems import KINDS, engines, few, generator, normal, problem, 
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_zoo import ZOO
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -75,9 +76,7 @@ def both_ways(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return hidden @ params["w"] + F.linear(x, params["w"], params["b"]).sin()
 
 
-@both_engines
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("positions", [(), (3,)])
+@every_pair("positions, fisher, engine", [(), (3,)], ["type-2", "empirical"], ["functional", "autograd"])
 def test_the_gradients_of_a_tied_weights_uses_add_up_before_they_are_squared(
     positions: tuple[int, ...], fisher: str, engine: str
 ) -> None:

@@ -23,6 +23,7 @@ from exactness_problems import (
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_zoo import ZOO, Model
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -61,9 +62,12 @@ def kronecker_names(curv: cv.BlockDiagonal) -> list[str]:
     return [name for name, block in curv.blocks.items() if isinstance(block, cv.EigenKronecker)]
 
 
-@both_reductions
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("model", [name for name in ZOO if name not in ("nested",)])
+@every_pair(
+    "model, fisher, reduction",
+    [name for name in ZOO if name not in ("nested",)],
+    ["type-2", "empirical"],
+    ["mean", "sum"],
+)
 def test_eigenvalues_are_the_exact_second_moments_in_the_eigenbasis(model: str, fisher: str, reduction: str) -> None:
     case = of_zoo(model, "mse", reduction)
     exact = case.ggn() if fisher == "type-2" else case.empirical_fisher()
@@ -92,9 +96,7 @@ def test_ekfac_is_never_further_from_the_truth_than_kfac(
     assert (corrected - exact).norm() <= (kfac - exact).norm() + rounding
 
 
-@both_reductions
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", unshared_architectures())
+@every_pair("architecture, kind, reduction", unshared_architectures(), KINDS, ["mean", "sum"])
 def test_ekfac_and_tkfac_are_exact_for_one_example_and_empirical_gradients(
     architecture: str, kind: str, reduction: str
 ) -> None:
@@ -104,9 +106,7 @@ def test_ekfac_and_tkfac_are_exact_for_one_example_and_empirical_gradients(
         assert_exact(estimate(how, case, fisher="empirical"), exact)
 
 
-@both_reductions
-@pytest.mark.parametrize("fisher", ["mc", "empirical"])
-@pytest.mark.parametrize("widths", [(260, 3), (3, 260), (257, 256)])
+@every_pair("widths, fisher, reduction", [(260, 3), (3, 260), (257, 256)], ["mc", "empirical"], ["mean", "sum"])
 def test_one_pass_that_reduces_is_two_on_sides_with_few_rows(
     widths: tuple[int, int], fisher: str, reduction: str
 ) -> None:
@@ -129,9 +129,12 @@ def test_ekfac_is_exact_for_one_example(architecture: str, reduction: str) -> No
     assert_exact(estimate(cv.ekfac, case), case.blocks(case.ggn()))
 
 
-@both_reductions
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("model", [name for name in ZOO if name not in ("nested",)])
+@every_pair(
+    "model, fisher, reduction",
+    [name for name in ZOO if name not in ("nested",)],
+    ["type-2", "empirical"],
+    ["mean", "sum"],
+)
 def test_the_trace_of_every_block_is_exact(model: str, fisher: str, reduction: str) -> None:
     case = of_zoo(model, "cross-entropy", reduction)
     exact = case.ggn() if fisher == "type-2" else case.empirical_fisher()
@@ -153,10 +156,13 @@ def cut_off(first: bool, square: bool) -> Problem:
     return problem(model_fn, normal(2, 5, 3), "mse", "mean", params=params)
 
 
-@pytest.mark.parametrize("engine", ["functional", "autograd"])
-@pytest.mark.parametrize("square", [True, False])
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("first", [True, False])
+@every_pair(
+    "first, fisher, square, engine",
+    [True, False],
+    ["type-2", "empirical"],
+    [True, False],
+    ["functional", "autograd"],
+)
 def test_a_use_that_no_gradient_reaches_adds_nothing(first: bool, fisher: str, square: bool, engine: str) -> None:
     case = cut_off(first, square)
     exact = case.ggn() if fisher == "type-2" else case.empirical_fisher()

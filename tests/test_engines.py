@@ -10,6 +10,7 @@ import pytest
 import torch
 from exactness_problems import generator
 from layer_zoo import BLOCK, ZOO, checkpointed, of_function
+from pairwise import every_pair
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,9 +30,7 @@ def assert_equal(a: Any, b: Any, tolerance: float = 1e-12) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().amax().clamp(min=1)))
 
 
-@every_model
-@every_fisher
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@every_pair("sharing, fisher, model", ["expand", "reduce"], ["type-2", "mc", "empirical", "forward-only"], ZOO)
 def test_engines_agree(model: str, fisher: str, sharing: str) -> None:
     case = ZOO[model]()
     one, other = (
@@ -41,10 +40,13 @@ def test_engines_agree(model: str, fisher: str, sharing: str) -> None:
     assert_equal(one, other)
 
 
-@every_fisher
-@pytest.mark.parametrize("examples", [1, 5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3,), (1, 3), (1, 1, 3), (1, 3, 3)])
+@every_pair(
+    "shape, bias, examples, fisher",
+    [(3,), (1, 3), (1, 1, 3), (1, 3, 3)],
+    [True, False],
+    [1, 5],
+    ["type-2", "mc", "empirical", "forward-only"],
+)
 def test_engines_agree_where_a_layers_input_is_constant(
     shape: tuple[int, ...], bias: bool, examples: int, fisher: str
 ) -> None:

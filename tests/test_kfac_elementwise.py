@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from exactness_problems import Problem, normal, problem
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -72,10 +73,7 @@ def truth(case: Problem, fisher: str, names: list[str]) -> Tensor:
     return reference.block(matrix, case.params, *names)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("model", MODELS)
+@every_pair("model, fisher, sharing, reduction", MODELS, ["type-2", "empirical"], ["expand", "reduce"], ["mean", "sum"])
 def test_the_diagonal_block_of_a_norm_layer_is_exact(model: str, fisher: str, sharing: str, reduction: str) -> None:
     case, names = make(model, "cross-entropy", reduction)
     curv = case.kfac(fisher=fisher, sharing=sharing)
@@ -85,10 +83,13 @@ def test_the_diagonal_block_of_a_norm_layer_is_exact(model: str, fisher: str, sh
     assert reference.relative_error(found, truth(case, fisher, names).diag().diag()) <= 1e-10
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", ["mse", "bernoulli", "custom"])
-@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
-@pytest.mark.parametrize("model", MODELS)
+@every_pair(
+    "model, fisher, kind, reduction",
+    MODELS,
+    ["type-2", "empirical"],
+    ["mse", "bernoulli", "custom"],
+    ["mean", "sum"],
+)
 def test_the_dense_block_of_a_norm_layer_is_exact(model: str, fisher: str, kind: str, reduction: str) -> None:
     case, names = make(model, kind, reduction)
     curv = case.kfac(fisher=fisher, elementwise="dense")

@@ -28,6 +28,7 @@ from exactness_problems import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -85,17 +86,13 @@ def test_type_2_is_exact_for_every_spelling_of_a_linear_layer(spelling: str, red
     assert_exact(case.kfac(elementwise="dense"), reference.block_diagonal(case.ggn(), labels))
 
 
-@both_reductions
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", unshared_architectures())
+@every_pair("architecture, kind, reduction", unshared_architectures(), KINDS, ["mean", "sum"])
 def test_type_2_is_exact_for_one_example(architecture: str, kind: str, reduction: str) -> None:
     case = problem(*unshared_architectures()[architecture], kind, reduction, seed=5)
     assert_exact(case.kfac(), case.blocks(case.ggn()))
 
 
-@both_reductions
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", unshared_architectures())
+@every_pair("architecture, kind, reduction", unshared_architectures(), KINDS, ["mean", "sum"])
 def test_empirical_is_exact_for_one_example(architecture: str, kind: str, reduction: str) -> None:
     case = problem(*unshared_architectures()[architecture], kind, reduction, seed=6)
     assert_exact(case.kfac(fisher="empirical"), case.blocks(case.empirical_fisher()))
@@ -174,9 +171,7 @@ def test_doubling_the_data_leaves_a_mean_and_doubles_a_sum(fisher: str, reductio
 
 @few
 @given(seed=seeds, sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), kind=st.sampled_from(sorted(KINDS)))
-@both_reductions
-@pytest.mark.parametrize("fisher", ["type-2", "empirical", "forward-only"])
-@pytest.mark.parametrize("positions", [(), (3,)])
+@every_pair("positions, fisher, reduction", [(), (3,)], ["type-2", "empirical", "forward-only"], ["mean", "sum"])
 def test_a_data_set_in_ragged_batches_is_one_big_batch(
     positions: tuple[int, ...], fisher: str, reduction: str, seed: int, sizes: list[int], kind: str
 ) -> None:
@@ -278,9 +273,12 @@ FIRST_LEAVES: dict[str, Any] = {
 }
 
 
-@both_reductions
-@pytest.mark.parametrize("how", [cv.kfac, cv.ekfac, cv.tkfac, cv.diagonal, cv.shampoo, cv.kl_shampoo, cv.dykaf])
-@pytest.mark.parametrize("first", FIRST_LEAVES)
+@every_pair(
+    "first, how, reduction",
+    FIRST_LEAVES,
+    [cv.kfac, cv.ekfac, cv.tkfac, cv.diagonal, cv.shampoo, cv.kl_shampoo, cv.dykaf],
+    ["mean", "sum"],
+)
 def test_a_loader_may_give_inputs_whose_first_leaf_has_no_examples(first: str, how: Any, reduction: str) -> None:
     case = problem(nn.Sequential(*MLP), normal(4, 5, 3), "cross-entropy", reduction)
     value = FIRST_LEAVES[first]

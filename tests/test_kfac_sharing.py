@@ -29,6 +29,7 @@ from exactness_problems import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_pair
 from torch import Tensor, nn
 
 import curvlib as cv
@@ -107,9 +108,12 @@ def test_pooling_in_the_middle_tells_expand_from_reduce(how: str, reduction: str
         assert reference.relative_error(of(expand, layer), of(exact, layer)) > 0.05
 
 
-@both_reductions
-@both_sharings
-@pytest.mark.parametrize("fisher", ["type-2", "empirical", "forward-only"])
+@every_pair(
+    "fisher, sharing, reduction",
+    ["type-2", "empirical", "forward-only"],
+    ["expand", "reduce"],
+    ["mean", "sum"],
+)
 def test_one_position_is_no_sharing(fisher: str, sharing: str, reduction: str) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     flat = problem(net, normal(1, 4, 3), "mse", reduction)
@@ -171,9 +175,7 @@ def inputs_and_gradients(case: Problem, kind: str) -> tuple[Tensor, Tensor]:
 MASKED = ("linear", "embedding", "convolution", "groups", "groups without bias")
 
 
-@both_reductions
-@pytest.mark.parametrize("engine", ["functional", "autograd"])
-@pytest.mark.parametrize("kind", MASKED)
+@every_pair("kind, engine, reduction", MASKED, ["functional", "autograd"], ["mean", "sum"])
 def test_reduce_takes_means_over_the_positions_that_count(kind: str, engine: str, reduction: str) -> None:
     case, counts = masked_problem(kind, reduction)
     a, g = inputs_and_gradients(case, kind)
@@ -241,26 +243,20 @@ CONVOLUTIONS: dict[str, Callable[[bool], tuple[nn.Module, tuple[int, ...]]]] = {
     "1d groups": lambda bias: (nn.Conv1d(4, 4, 3, groups=2, padding=1, bias=bias), (4, 5)),
     "3d": lambda bias: (nn.Conv3d(2, 4, (2, 1, 2), stride=(1, 2, 1), padding=(0, 0, 1), bias=bias), (2, 3, 3, 2)),
 }
-every_convolution = pytest.mark.parametrize("convolution", CONVOLUTIONS)
 
 
 def groups_of(layer: nn.Module) -> dict[str, int]:
     return {"0": int(layer.groups)}  # type: ignore[call-overload]
 
 
-@both_reductions
-@every_convolution
-@pytest.mark.parametrize("bias", [True, False])
+@every_pair("bias, convolution, reduction", [True, False], CONVOLUTIONS, ["mean", "sum"])
 def test_expand_is_exact_for_a_convolution_with_a_loss_a_pixel(convolution: str, bias: bool, reduction: str) -> None:
     layer, shape = CONVOLUTIONS[convolution](bias)
     case = problem(nn.Sequential(layer), normal(1, 3, *shape), "mse", reduction)
     assert_exact(case.kfac(sharing="expand"), case.blocks(case.ggn(), groups=groups_of(layer)))
 
 
-@both_reductions
-@every_convolution
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("how", ["mean", "sum"])
+@every_pair("how, bias, convolution, reduction", ["mean", "sum"], [True, False], CONVOLUTIONS, ["mean", "sum"])
 def test_reduce_is_exact_for_a_shallow_linear_cnn(how: str, convolution: str, bias: bool, reduction: str) -> None:
     layer, shape = CONVOLUTIONS[convolution](bias)
     net = nn.Sequential(layer, Pool(how, *range(2, len(shape) + 1)), nn.Linear(4, 2, bias=bias))
@@ -270,9 +266,7 @@ def test_reduce_is_exact_for_a_shallow_linear_cnn(how: str, convolution: str, bi
     assert reference.relative_error(case.kfac(sharing="expand").to_dense(), exact) > 0.01
 
 
-@both_reductions
-@every_convolution
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@every_pair("sharing, convolution, reduction", ["expand", "reduce"], CONVOLUTIONS, ["mean", "sum"])
 def test_both_engines_agree_on_convolutions(sharing: str, convolution: str, reduction: str) -> None:
     layer, shape = CONVOLUTIONS[convolution](True)
     net = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(2))

@@ -12,6 +12,7 @@ from exactness_problems import KINDS, Problem, engines, few, normal, problem, re
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_zoo import ZOO, Model
+from pairwise import every_pair
 from test_experts import FORMS, WIDTH, load, rule
 from torch import Tensor, nn
 
@@ -122,9 +123,7 @@ def test_a_weight_that_does_not_reach_the_outputs_has_zero_gradients(engine: str
 # --- rows chosen by values ----------------------------------------------------------------------------------------
 
 
-@both_engines
-@pytest.mark.parametrize("shape", [(9, WIDTH), (4, 3, WIDTH), (1, WIDTH)])
-@pytest.mark.parametrize("form", FORMS)
+@every_pair("form, shape, engine", FORMS, [(9, WIDTH), (4, 3, WIDTH), (1, WIDTH)], ["functional", "autograd"])
 def test_rows_that_are_routed_to_experts_go_back_to_their_examples(
     form: str, shape: tuple[int, ...], engine: str
 ) -> None:

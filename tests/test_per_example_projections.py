@@ -11,6 +11,7 @@ import reference
 import torch
 from exactness_problems import Problem, normal, problem
 from layer_zoo import ZOO
+from pairwise import every_pair
 from test_per_example import assert_close
 from torch import Tensor, nn
 
@@ -41,9 +42,7 @@ def vectors(params: Any) -> list[Any]:
 # --- all directions -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("damping", DAMPINGS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@every_pair("estimator, damping, bias", ESTIMATORS, DAMPINGS, [True, False])
 def test_with_all_directions_inner_products_are_exact(estimator: str, damping: str, bias: bool) -> None:
     model = nn.Sequential(nn.Linear(5, 4, bias=bias), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3, bias=bias))
     case = problem(model, normal(0, 9, 2, 5), "cross-entropy", "mean")
@@ -76,9 +75,12 @@ def assert_projects_every_example(projection: cv.Projection, case: Problem) -> N
             assert_close(found[name][n], expected)
 
 
-@pytest.mark.parametrize("estimator", [cv.kfac, cv.ekfac, cv.diagonal])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("tied", "slices", "nested")])
+@every_pair(
+    "name, compressor, estimator",
+    [name for name in ZOO if name not in ("tied", "slices", "nested")],
+    COMPRESSORS,
+    [cv.kfac, cv.ekfac, cv.diagonal],
+)
 def test_per_example_is_the_projection_of_every_gradient(name: str, compressor: str, estimator: Estimator) -> None:
     model = ZOO[name]()
     if estimator is cv.ekfac and compressor != "eigen":

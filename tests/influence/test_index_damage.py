@@ -42,7 +42,7 @@ CASE = small()
 DATA = examples(30)  # three shards of eight, and one of six
 PROJECTION = projection_of(CASE)
 SKETCHES = PROJECTION.per_example(CASE.model_fn, CASE.params, CASE.queries)
-thorough = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+thorough = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_no_bit_of_rows_or_of_what_describes_them_may_change(finished: Path) -> 
 def test_a_build_never_goes_on_from_a_damaged_file(finished: Path, stopped: Path) -> None:
     before, expected = contents(stopped), contents(finished)
 
-    @settings(thorough, max_examples=60)
+    @settings(thorough, max_examples=30)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         restore(stopped, before)
@@ -152,7 +152,7 @@ def test_appending_never_goes_on_from_a_damaged_file(tmp_path: Path, finished: P
     build(tmp_path / "index", CASE, part_of(DATA, 0, 21))
     before, expected = contents(tmp_path / "index"), contents(finished)
 
-    @settings(thorough, max_examples=60)
+    @settings(thorough, max_examples=30)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         restore(tmp_path / "index", before)

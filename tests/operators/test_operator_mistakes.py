@@ -13,6 +13,7 @@ import curvlib as cv
 from curvlib.errors import PytreeError
 from curvlib.operators import lazy
 from tests.operators.operator_cases import Random, assert_close, generator
+from tests.pairwise import every_pair
 
 net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 model_fn, params = cv.functional(net)
@@ -43,9 +44,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
-@every_map
-@every_way
-@pytest.mark.parametrize("other", MAPS)
+@every_pair("other, way, name", MAPS, WAYS, MAPS)
 def test_products_of_two_maps_are_not_formed(name: str, way: str, other: str) -> None:
     with pytest.raises(PytreeError, match=r"is a linear map itself.*a @ \(b @ v\)"):
         WAYS[way](MAPS[name], MAPS[other])
@@ -70,9 +69,7 @@ def test_views_and_iterators_are_no_vectors(name: str, way: str, views: Callable
         WAYS[way](MAPS[name], views())
 
 
-@every_map
-@every_way
-@pytest.mark.parametrize("number", [3, 0.5])
+@every_pair("number, way, name", [3, 0.5], WAYS, MAPS)
 def test_numbers_are_multiplied_with_a_star(name: str, way: str, number: float) -> None:
     with pytest.raises(PytreeError, match=rf"is a number: write {number} \* curv"):
         WAYS[way](MAPS[name], number)
