@@ -83,9 +83,11 @@ class Flow:
         self.written: dict[int, Content] = {}  # by storage
         self.ranges: dict[int, Tensor] = {}  # 0, 1, ..., N - 1, in any shape
         self.taken: dict[tuple[str, int], set[int]] = {}  # by operation and storage: where examples were taken out
+        self.axes: dict[int, int | None] = {}  # by identity, of the tensors of one operation
 
     def start(self, inputs: Any) -> None:
         """Makes the inputs known."""
+        self.axes.clear()
         for tensor in containers.tensors_in(inputs):
             self.inputs.add(storage(tensor))
             if self.axis(tensor) is not None:
@@ -131,8 +133,11 @@ class Flow:
 
     def axis(self, tensor: Tensor) -> int | None:
         """The axis that counts examples, or rows chosen by values."""
-        axis = self.examples.axis(tensor) if self.examples.marked else None
-        return self.examples.chosen_axis(tensor) if axis is None else axis
+        key = id(tensor)
+        if key not in self.axes:
+            axis = self.examples.axis(tensor) if self.examples.marked else None
+            self.axes[key] = self.examples.chosen_axis(tensor) if axis is None else axis
+        return self.axes[key]
 
     def prime(self, tensor: Tensor, axis: int) -> int:
         """The number of examples, or of rows chosen by values, that an axis counts."""
@@ -144,11 +149,12 @@ class Flow:
         axis = self.axis(tensor)
         if axis is None:
             return 1
-        prime = self.examples.number
-        return max(1, int(tensor.shape[axis]) // prime) if tensor.shape[axis] % prime == 0 else 1
+        size, prime = int(tensor.shape[axis]), self.examples.number
+        return size // prime if size and size % prime == 0 else 1
 
     def scattered(self, tensor: Tensor) -> str | None:
         """The operation after which the entries of one example do not lie together any more."""
+        self.axes.clear()  # shapes may have changed in place
         content = self.content(tensor)
         return None if content is None or content.behind == self.multiple(tensor) else content.scattered
 
@@ -156,6 +162,7 @@ class Flow:
         """Finds out what the results of an operation hold."""
         if not self.examples.marked:
             return
+        self.axes.clear()  # shapes may have changed in place
         operands, outputs = tensors_in((args, tuple(kwargs.values()))), tensors_in(result)
         found = [(x, content) for x in operands if (content := self.content(x)) is not None]
         name = operation(func)
@@ -226,7 +233,7 @@ class Flow:
                 return f"{name!r} works along the axis of examples"
         whole = name in SOLUTIONS or name.startswith("_scaled_dot_product")  # other results are not for the model
         for output in outputs[:1] if whole else outputs:
-            if output.numel() and self.axis(output) is None:
+            if self.axis(output) is None and output.numel():
                 return f"{name!r} takes the axis of examples away"
             if self.pairs(output) and not any(self.pairs(x) for x in operands):
                 return f"{name!r} combines each example with every other"
@@ -234,7 +241,8 @@ class Flow:
 
     def pairs(self, tensor: Tensor) -> bool:
         """Whether two axes count examples."""
-        return sum(n > 0 and n % self.examples.number == 0 for n in tensor.shape) > 1
+        prime = self.examples.number
+        return len([n for n in tensor.shape if n and n % prime == 0]) > 1
 
     def cutting(
         self, name: str, arguments: dict[str, Any], operand: Tensor, axis: int, outputs: list[Tensor]
