@@ -37,7 +37,8 @@ test: $(STAMPS)/dev $(STAMPS)/plays
 
 # What rounding matters to most, with the instructions that every processor has: their sums run in another order.
 test-portable: $(STAMPS)/dev $(STAMPS)/plays
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(DELICATE)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
+		-k "not refused and not compiled and not traced and not looked_at" $(DELICATE)
 
 # Other examples in another order; SEED=... repeats a run.
 test-random: $(STAMPS)/dev $(STAMPS)/plays

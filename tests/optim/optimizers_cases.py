@@ -166,7 +166,9 @@ def minimised(
     """Parameters and state after these steps."""
     state = transformation.init(params)
     for _ in range(steps):
-        updates, state = transformation.update(grads_of(problem, params), state, params)
+        leaf = ravel(params).requires_grad_()
+        [gradient] = torch.autograd.grad(problem(unravel(leaf, params)), leaf)
+        updates, state = transformation.update(unravel(gradient, params), state, params)
         params = optim.apply_updates(params, updates)
     return params, state
 
