@@ -6,7 +6,9 @@ registered with optree globally or in the namespace ``"curvlib"`` are understood
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -160,6 +162,11 @@ class Domain:
         """The domain of one tensor of this shape."""
         return cls(flatten(0)[1], ("params",), (shape,))
 
+    @property
+    def size(self) -> int:
+        """The number of elements of all leaves: of the rows of an operator on these pytrees."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
     def leaves(self, tree: Tree, leading: int = 0) -> list[Tensor]:
         """The leaves of a vector of this domain, checked; ``leading`` extra axes stand in front of each.
 
@@ -241,6 +248,10 @@ def register(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     child_names = tuple(f.name for f in fields if not f.metadata.get("static"))
     static_names = tuple(f.name for f in fields if f.metadata.get("static"))
+    for name in (*child_names, *static_names):
+        if isinstance(getattr(cls, name, None), property):
+            setattr(cls, name, None)  # an abstract property of a base class, which would hide the field
+    abc.update_abstractmethods(cls)
 
     def present(node: Any) -> tuple[str, ...]:
         return tuple(name for name in child_names if getattr(node, name) is not None)

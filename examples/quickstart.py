@@ -140,7 +140,7 @@ def solve(ggn: Tensor, v: Params) -> Params:
 def relative_errors(curv: cv.BlockDiagonal, ggn: Tensor) -> tuple[float, float]:
     """Relative Frobenius errors of KFAC against the diagonal blocks of the GGN, and against all of it."""
     # the parameters of a layer are neighbours in the order of cv.ravel
-    mask = torch.block_diag(*(torch.ones(block.size, block.size) for block in curv.blocks.values()))
+    mask = torch.block_diag(*(torch.ones(block.domain.size, block.domain.size) for block in curv.blocks.values()))
     dense, blocks = curv.to_dense(), ggn * mask
     return float((dense - blocks).norm() / blocks.norm()), float((dense - ggn).norm() / ggn.norm())
 
@@ -212,7 +212,7 @@ def steps(figure: SubFigure, problem: Problem) -> Rows:
 def inverses(figure: SubFigure, problem: Problem, curv: cv.BlockDiagonal, ggn: Tensor) -> Rows:
     """Part 3: the spectrum, and the exactness of the damped inverse."""
     dampings = torch.logspace(-6, 0, 13).tolist()
-    v = cv.unravel(torch.randn(curv.size), problem.trained)
+    v = cv.unravel(torch.randn(curv.domain.size), problem.trained)
     curv64, v64 = curv.to(dtype=torch.float64), {name: value.double() for name, value in v.items()}
     residuals = {
         "factored Tikhonov": [residual(curv, curv.inverse(cv.FactoredTikhonov(d)), d, v) for d in dampings],
@@ -257,7 +257,7 @@ def draw_matrices(figure: SubFigure, curv: cv.BlockDiagonal, ggn: Tensor, error:
     """Magnitudes of the GGN, of KFAC and of their difference, on one logarithmic scale."""
     heading(figure, "1   KFAC against the exact Gauss-Newton matrix")
     top, size = float(ggn.abs().max()), len(ggn)
-    first, second = (block.size for block in curv.blocks.values())
+    first, second = (block.domain.size for block in curv.blocks.values())
     pictures = {
         rf"exact GGN, ${size} \times {size}$": ggn,
         "KFAC: one Kronecker product a layer": curv.to_dense(),
@@ -376,7 +376,7 @@ def main() -> None:
         top, middle, bottom = figure.subfigures(3, 1, height_ratios=(5.2, 4.2, 4.6))
         left, right = middle.subfigures(1, 2)
         rows = [
-            (f"{curv.size} parameters, {len(problem.training[0])} digits", "after 1 epoch", f"after {EPOCHS}"),
+            (f"{curv.domain.size} parameters, {len(problem.training[0])} digits", "after 1 epoch", f"after {EPOCHS}"),
             ("training loss", f"{loss(problem.early):.3f}", f"{loss(problem.trained):.3f}"),
             ("test accuracy", f"{accuracy(problem, problem.early):.1%}", f"{accuracy(problem, problem.trained):.1%}"),
             *matrices(top, problem, curv, ggn),

@@ -122,7 +122,7 @@ def main() -> None:
         draw_comparison(right, curv, exact)
         figure.savefig(output, dpi=160)
 
-    print(f"{curv.size} parameters, {len(batch[1])} digits")
+    print(f"{curv.domain.size} parameters, {len(batch[1])} digits")
     print(f"{'KFAC block':<14}{'largest':>12}{'residual':>12}")
     for name, top in pairs.items():
         print(f"{name:<14}{float(top.values[0]):>12.4f}{float(top.residuals[0]):>12.1e}")

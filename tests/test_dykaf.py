@@ -197,7 +197,7 @@ def test_wide_sides_have_the_nearest_diagonal_factor() -> None:
     old = run(dykaf, gradients[:2], 0.5, wide=cv.WideDiagonal(above=5))
     target = 0.5 * old.to_dense() + second_moment([gradients[2]["w"]], [0.5])
     diagonal = target.reshape(2, 6, 2, 6).diagonal(dim1=1, dim2=3)  # the entries that such a product can have
-    left = torch.einsum("ijk,k->ij", diagonal, old.blocks["w"].right.diagonals())
+    left = torch.einsum("ijk,k->ij", diagonal, old.blocks["w"].right.diag())
     left = left / left.norm()
     right = torch.einsum("ijk,ij->k", diagonal, left)
     assert relative_error(curv.to_dense(), torch.kron(left, torch.diag(right))) <= 1e-11
@@ -219,10 +219,10 @@ def test_two_wide_sides_have_the_nearest_diagonal_factors(decay: float | None, i
         keep * old.to_dense().diagonal().reshape(4, 6) + weight * d["w"].square()
     )  # all that such a product can have
     if integrator == "ksl":
-        left = target @ old.blocks["w"].right.diagonals()
+        left = target @ old.blocks["w"].right.diag()
         left = left / left.norm()
         assert relative_error(curv.to_dense(), torch.diag(torch.outer(left, left @ target).flatten())) <= 1e-11
-    left, right = block.left.diagonals(), block.right.diagonals()
+    left, right = block.left.diag(), block.right.diag()
     found = torch.outer(left, right)
     best = torch.linalg.svd(target)[1]
     assert best[1:].norm() - 1e-12 <= (found - target).norm() <= 1.2 * best[1:].norm()

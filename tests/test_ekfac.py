@@ -305,6 +305,6 @@ def test_few_rows_have_the_basis_of_their_factors(bias: bool) -> None:
         loss=cv.MSE(),
         fisher="empirical",
     )
-    vectors = cv.unravel(normal(5, curv.size), case.params)
+    vectors = cv.unravel(normal(5, curv.domain.size), case.params)
     torch.testing.assert_close(cv.ravel(curv @ vectors), cv.ravel(whole @ vectors), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(curv.trace(), whole.trace(), rtol=1e-11, atol=0)

@@ -127,7 +127,7 @@ def test_every_kind_of_model_in_both_modes(name: str, mode: str) -> None:
         )
 
     with sdpa_kernel(SDPBackend.MATH):
-        columns = reference.rows(torch.func.jacrev(gradient)(model.params), curv.size)
+        columns = reference.rows(torch.func.jacrev(gradient)(model.params), curv.domain.size)
     assert_close(curv.to_dense(), columns)
 
 

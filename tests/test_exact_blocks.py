@@ -91,7 +91,7 @@ def test_blocks_are_lined_up_with_those_of_a_curvature() -> None:
         blocks = block_diagonal(exact, kfac)
         assert blocks.layouts == kfac.layouts
         for name, block in kfac.blocks.items():
-            assert blocks.blocks[name].shapes == block.shapes
+            assert blocks.blocks[name].domain.shapes == block.domain.shapes
         groups = {name: tuple(p for p, held in kfac.parameters.items() if name in held) for name in kfac.blocks}
         expected = between_blocks_removed(exact.to_dense(), case.params, groups)
         assert reference.relative_error(blocks.to_dense(), expected) <= EXACT
@@ -128,7 +128,7 @@ def test_a_data_set_has_the_blocks_of_all_its_examples() -> None:
 def test_products_are_taken_in_stacks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     _, curv = made("hessian")
     whole = block_diagonal(curv)
-    monkeypatch.setattr("curvlib.estimators.exact_blocks.ELEMENTS_AT_ONCE", 3 * curv.size + 1)
+    monkeypatch.setattr("curvlib.estimators.exact_blocks.ELEMENTS_AT_ONCE", 3 * curv.domain.size + 1)
     assert reference.relative_error(block_diagonal(curv).to_dense(), whole.to_dense()) <= EXACT
 
 
@@ -167,7 +167,7 @@ def test_a_block_that_is_too_large_is_named() -> None:
         ArgumentError, match=r"block '0\.weight' would be a dense matrix of 12 rows, more than max_rows=8"
     ):
         block_diagonal(curv, max_rows=8)
-    assert block_diagonal(curv, max_rows=12).size == curv.size
+    assert block_diagonal(curv, max_rows=12).domain.size == curv.domain.size
 
 
 def test_groups_that_are_no_partition_are_refused() -> None:

@@ -95,7 +95,7 @@ def test_a_parameter_that_is_one_number_has_a_row_and_a_column() -> None:
 def test_the_inverse_solves_systems() -> None:
     case = mlp()
     curv = ggn(case.model_fn, case.params, case.batch)
-    damped = curv.to_dense() + 0.1 * identity(curv.size)
+    damped = curv.to_dense() + 0.1 * identity(curv.domain.size)
     inverse = curv.inverse(0.1)
     v = {name: normal(3, *leaf.shape) for name, leaf in case.params.items()}
     assert isinstance(inverse, ImplicitInverse)
@@ -119,7 +119,7 @@ def test_stacked_systems_are_solved_together(preconditioned: bool) -> None:
         return case.model_fn(params, inputs)
 
     curv = ggn(counted, case.params, case.batch)
-    damped = curv.to_dense() + 0.1 * identity(curv.size)
+    damped = curv.to_dense() + 0.1 * identity(curv.domain.size)
     rough = cv.kfac(case.model_fn, case.params, case.batch).inverse(0.1) if preconditioned else None
     inverse = curv.inverse(0.1, preconditioner=rough, tolerance=1e-11)
     sizes = torch.tensor([1.0, 1e-6, 0.0, 1e6], dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_a_system_that_is_not_solved_is_an_error() -> None:
 def test_a_large_operator_says_what_to_use_where_it_would_need_its_entries() -> None:
     case = mlp(400)
     curv = ggn(case.model_fn, case.params, case.batch)
-    assert curv.size > 2048
+    assert curv.domain.size > 2048
     for method, instead in (("diag", "spectrum.diagonal"), ("trace", "spectrum.trace"), ("eigenvalues", "spectrum")):
         with pytest.raises(ArgumentError, match=instead):
             getattr(curv, method)()

@@ -225,7 +225,7 @@ def test_products_and_steps_come_back_in_the_dtypes_of_the_parameters(name: str,
     images = [curv @ params, (curv + curv) @ params, damped @ params]
     if estimator not in ("ggn", "fisher", "hessian"):
         images += [curv.inverse(2 * scale) @ params, curv.power(-0.5, 2 * scale) @ params]
-        images += [(curv + curv.scaled(0.5)).inverse(2 * scale) @ params]
+        images += [(curv + 0.5 * curv).inverse(2 * scale) @ params]
     for image in images:
         assert {key: leaf.dtype for key, leaf in image.items()} == {key: leaf.dtype for key, leaf in params.items()}
         assert all(bool(leaf.isfinite().all()) for leaf in image.values())
@@ -308,7 +308,7 @@ def test_systems_with_preconditioners_of_other_dtypes_are_solved(
     for x in (
         curv.inverse(0.1, preconditioner=rough, tolerance=1e-6) @ v,
         cv.solve(curv.damp(0.1), v, preconditioner=rough, tolerance=1e-6),
-        cv.solve(cv.kfac(model_fn, params, batch, **mean).scaled(0.0) + curv.damp(0.1), v, tolerance=1e-6),
+        cv.solve(0.0 * cv.kfac(model_fn, params, batch, **mean) + curv.damp(0.1), v, tolerance=1e-6),
     ):
         assert {leaf.dtype for leaf in x.values()} == {dtype}
         error = float((cv.ravel(x).double() - truth).norm())

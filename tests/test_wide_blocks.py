@@ -173,7 +173,7 @@ def test_the_sum_over_a_tied_weight_is_inverted_exactly() -> None:
     params, batch = tokens()
     head = {"head": params["head"]}
     curv = cv.kfac(tied_model, head, batch, fisher="type-2", wide=WideBlocks(4, above=WIDER))
-    damped = curv.to_dense() + 0.1 * torch.eye(curv.size, dtype=torch.float64)
+    damped = curv.to_dense() + 0.1 * torch.eye(curv.domain.size, dtype=torch.float64)
     assert isinstance(curv.blocks["head"], cv.operators.Sum)
     solved = torch.linalg.solve(damped, cv.ravel(head))
     torch.testing.assert_close(cv.ravel(curv.inverse(0.1) @ head), solved, rtol=1e-8, atol=1e-11)

@@ -78,7 +78,7 @@ class MatrixFree(Implicit):
     def like(self) -> Tensor:
         return flatten(self.params)[0][0].to(self.model_dtype)
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
         domain, params = self.domain, flatten(self.params)[0]
         leaves = domain.leaves(vectors, leading)
         number = math.prod(leaves[0].shape[:leading])
@@ -103,7 +103,7 @@ class MatrixFree(Implicit):
             scale = self.scale if self.kind.reduction == "sum" else self.scale / normalizer
             return domain.tree([(scale * x).to(v.dtype).reshape(v.shape) for x, v in zip(total, leaves, strict=True)])
 
-    def scaled(self, factor: float | Tensor) -> MatrixFree:
+    def _scale(self, factor: float | Tensor) -> MatrixFree:
         return dataclasses.replace(self, scale=factor * self.scale)
 
 

@@ -48,7 +48,7 @@ def block_diagonal(
         >>> model_fn, params = cv.functional(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))
         >>> batch = (torch.randn(1, 3), torch.randn(1, 2))
         >>> exact = block_diagonal(cv.ggn(model_fn, params, batch, loss=cv.MSE()))
-        >>> {name: block.size for name, block in exact.blocks.items()}
+        >>> {name: block.domain.size for name, block in exact.blocks.items()}
         {'0.bias': 4, '0.weight': 12, '1.bias': 2, '1.weight': 8}
         >>> kfac = cv.kfac(model_fn, params, batch, loss=cv.MSE(), fisher="type-2")  # exact for one example
         >>> truth = block_diagonal(cv.ggn(model_fn, params, batch, loss=cv.MSE()), kfac)
@@ -116,12 +116,12 @@ def dense_block(operator: Implicit, layout: Layout) -> Operator:
     like, domain = operator.like.new_zeros(()), operator.domain
     columns = torch.arange(layout.numel, device=like.device)
     parts: list[Tensor] = []
-    for numbers in columns.split(max(1, ELEMENTS_AT_ONCE // operator.size)):
+    for numbers in columns.split(max(1, ELEMENTS_AT_ONCE // operator.domain.size)):
         units = (numbers.unsqueeze(1) == columns).to(like).reshape(len(numbers), *layout.shape)
         leaves = [like.expand(len(numbers), *shape) for shape in domain.shapes]
         for number, leaf in layout.scatter(units).items():
             leaves[number] = leaf
-        images = flatten(operator.apply(domain.tree(leaves), 1))[0]
+        images = flatten(operator._apply(domain.tree(leaves), 1))[0]
         parts.append(layout.gather(images).reshape(len(numbers), layout.numel))
     matrix = torch.cat(parts)
     dense = Dense((matrix + matrix.mT) / 2)

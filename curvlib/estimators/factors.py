@@ -166,7 +166,7 @@ def merged(terms: Sequence[Kronecker]) -> Kronecker:
 def times(side: Matrix, factor: Tensor) -> Matrix:
     """A side, or its diagonal if that is all there is to it, times one number a group."""
     if isinstance(side, (Diagonal, ScaledIdentity)):
-        return Diagonal(side.diagonals() * factor.unsqueeze(-1))
+        return Diagonal(side.diag() * factor.unsqueeze(-1))
     if isinstance(side, DenseBlocks):
         return side.map_stacks(lambda stack: stack * factor[..., None, None, None])
     if isinstance(side, LowRank):
@@ -181,7 +181,7 @@ def added(sides: Sequence[Matrix]) -> Matrix:
         ArgumentError: a low-rank side meets one of another form.
     """
     if all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides):
-        return Diagonal(summed([side.diagonals() for side in sides]))
+        return Diagonal(summed([side.diag() for side in sides]))
     blocks = next((side for side in sides if isinstance(side, DenseBlocks)), None)
     if blocks is not None:
         stacks = zip(*(diagonal_blocks(side, blocks.runs) for side in sides), strict=True)

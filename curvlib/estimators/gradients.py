@@ -85,7 +85,7 @@ def parts_of(side: Matrix) -> tuple[Matrix, Tensor, float]:
     match side:
         case ScaledPower(base=base, scale=scale, exponent=exponent):
             return base, scale, exponent
-    like = side.diagonals()
+    like = side.diag()
     return side, like.new_ones(like.shape[:-1]), 1.0
 
 

@@ -41,11 +41,11 @@ def unravel_rows(rows: Tensor, domain: Domain) -> Tree:
 class Implicit(Lazy):
     """An operator on pytrees that is known by its products.
 
-    Subclasses implement `apply`, `scaled`, `domain` and `like`.
+    Subclasses implement `_apply`, `_scale`, `domain` and `like`.
     """
 
     @abstractmethod
-    def scaled(self, factor: float | Tensor) -> Implicit:
+    def _scale(self, factor: float | Tensor) -> Implicit:
         """Factor times the operator."""
 
     @property
@@ -82,7 +82,7 @@ class Implicit(Lazy):
             inverse, preconditioner=preconditioner, tolerance=tolerance, max_iterations=max_iterations
         )
 
-    def plus(self, other: Operator) -> Operator:
+    def _add(self, other: Operator) -> Operator:
         terms = other.terms if isinstance(other, ImplicitSum) else (other,)
         zero = self.like.new_zeros((), dtype=other.dtype)  # both have been made equally wide
         return ImplicitSum((self, *terms), other.shift if isinstance(other, ImplicitSum) else zero)
@@ -91,15 +91,15 @@ class Implicit(Lazy):
         """The operator plus damping; only damping relative to the mean eigenvalue needs the trace."""
         damping = as_damping(damping)
         absolute = isinstance(damping, Tikhonov) or (isinstance(damping, FactoredTikhonov) and not damping.relative)
-        strength = damping.strength if absolute else shift(damping, self.trace() / self.size)
+        strength = damping.strength if absolute else shift(damping, self.trace() / self.domain.size)
         return ImplicitSum((self,), torch.as_tensor(strength, dtype=self.dtype, device=self.like.device))
 
-    def raised(self, exponent: float, *, damped: bool) -> Operator:
+    def _power(self, exponent: float, *, damped: bool) -> Operator:
         if exponent == 1:
             return self
         if exponent == -1:
             return ImplicitInverse(self)
-        return self.dense().raised(exponent, damped=damped)
+        return self.dense()._power(exponent, damped=damped)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         # unlike factors, data may hold integers, which keep their dtype
@@ -109,9 +109,9 @@ class Implicit(Lazy):
     # --- by way of the dense matrix --------------------------------------------------------------------------------
 
     def to_dense(self) -> Tensor:
-        step = max(1, ELEMENTS_AT_ONCE // self.size)
+        step = max(1, ELEMENTS_AT_ONCE // self.domain.size)
         one = self.like.new_ones(())
-        columns = torch.arange(self.size, device=one.device)
+        columns = torch.arange(self.domain.size, device=one.device)
         parts = []
         for numbers in columns.split(step):
             rows = (numbers.unsqueeze(1) == columns).to(one.dtype)
@@ -120,10 +120,10 @@ class Implicit(Lazy):
 
     @remembered
     def dense(self) -> BlockDiagonal:
-        if self.size > MAX_DENSE:
+        if self.domain.size > MAX_DENSE:
             raise ArgumentError(
                 "an operator known by its products alone gives entries, eigenvalues and samples by way of the dense "
-                f"matrix, up to {MAX_DENSE} parameters; this one has {self.size}: use cv.spectrum.trace, "
+                f"matrix, up to {MAX_DENSE} parameters; this one has {self.domain.size}: use cv.spectrum.trace, "
                 "cv.spectrum.diagonal or cv.diagonal, cv.spectrum.top_eigenvalues or cv.spectrum.density; "
                 "curv.inverse(damping), which solves; or an approximation that has them (cv.low_rank, cv.kfac)"
             )
@@ -139,8 +139,8 @@ class Implicit(Lazy):
     def frobenius_norm(self) -> Tensor:
         return self.dense().frobenius_norm()
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
-        return self.dense().draws(generator, n)
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
+        return self.dense()._sample(generator, n)
 
 
 @register
@@ -166,22 +166,20 @@ class ImplicitSum(Implicit):
 
     @property
     def domain(self) -> Domain:
-        first = self.terms[0]
-        assert isinstance(first, Implicit)
-        return first.domain
+        return self.terms[0].domain
 
     @property
     def like(self) -> Tensor:
         return self.shift.to(self.dtype)
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
         total = scale(self.shift, self.domain.tree(self.domain.leaves(vectors, leading)))
         for term in self.terms:
-            total = tree_map(torch.add, total, term.apply(vectors, leading))
+            total = tree_map(torch.add, total, term._apply(vectors, leading))
         return total
 
-    def scaled(self, factor: float | Tensor) -> ImplicitSum:
-        return ImplicitSum(tuple(term.scaled(factor) for term in self.terms), factor * self.shift)
+    def _scale(self, factor: float | Tensor) -> ImplicitSum:
+        return ImplicitSum(tuple(term._scale(factor) for term in self.terms), factor * self.shift)
 
 
 @register
@@ -208,7 +206,7 @@ class ImplicitInverse(Implicit):
     def like(self) -> Tensor:
         return self.operator.like
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
         return solutions(
             self.operator,
             self.domain.tree(self.domain.leaves(vectors, leading)),
@@ -218,9 +216,9 @@ class ImplicitInverse(Implicit):
             max_iterations=self.max_iterations,
         )
 
-    def scaled(self, factor: float | Tensor) -> ImplicitInverse:
-        preconditioner = None if self.preconditioner is None else self.preconditioner.scaled(factor)
-        return dataclasses.replace(self, operator=self.operator.scaled(1 / factor), preconditioner=preconditioner)
+    def _scale(self, factor: float | Tensor) -> ImplicitInverse:
+        preconditioner = None if self.preconditioner is None else self.preconditioner._scale(factor)
+        return dataclasses.replace(self, operator=self.operator._scale(1 / factor), preconditioner=preconditioner)
 
 
 def solve(

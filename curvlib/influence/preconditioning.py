@@ -37,7 +37,7 @@ def check_inverse(inverse: Inverse, domain: Domain) -> None:
                 f"{type(inverse).__name__}"
             )
         return
-    given = dict(zip(inverse.parameters, inverse.shapes, strict=True))
+    given = dict(zip(inverse.domain.names, inverse.domain.shapes, strict=True))
     expected = dict(zip(domain.names, domain.shapes, strict=True))
     unequal = [
         f"{name!r} ({given.get(name, 'missing')} in curv_inverse, {expected.get(name, 'missing')} in params)"

@@ -68,7 +68,7 @@ def sketch_ranks(curv: Operator, *, bytes_per_example: int, dtype: torch.dtype =
     """
     blocks = curv.blocks
     budget = bytes_per_example // dtype.itemsize
-    smallest, too_large = 1, max(max(shape) for block in blocks.values() for shape in block.shapes) ** 2 + 1
+    smallest, too_large = 1, max(max(shape) for block in blocks.values() for shape in block.domain.shapes) ** 2 + 1
     least = numbers(blocks, smallest)
     if least > budget:
         raise ArgumentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +15,7 @@ from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import tolerance
 from curvlib.operators.damping import Damping, as_damping
 from curvlib.operators.vectors import LinearMap, at_least_single, vector_leaves, widest
-from curvlib.pytree import Tree, inner, tree_map
+from curvlib.pytree import Domain, Tree, inner, tree_map
 
 if TYPE_CHECKING:
     from curvlib.operators.projection import Projection
@@ -42,7 +41,7 @@ class Operator(LinearMap):
     # --- primitives ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def apply(self, vectors: Tree, leading: int) -> Tree:
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
         """The operator applied to vectors of its dtype that are stacked along ``leading`` axes."""
 
     @abstractmethod
@@ -62,7 +61,7 @@ class Operator(LinearMap):
         """The Frobenius norm, a 0-d tensor."""
 
     @abstractmethod
-    def spectrum(self) -> Tensor:
+    def _eigenvalues(self) -> Tensor:
         """All D eigenvalues as a vector, in no particular order."""
 
     @abstractmethod
@@ -74,25 +73,25 @@ class Operator(LinearMap):
         """The operator plus damping: a number d adds d I exactly; see `Tikhonov` and its kin."""
 
     @abstractmethod
-    def raised(self, exponent: float, *, damped: bool) -> Operator:
+    def _power(self, exponent: float, *, damped: bool) -> Operator:
         """The power of the operator as it is. ``damped``: eigenvalues need only be positive, however small."""
 
     @abstractmethod
-    def scaled(self, factor: float | Tensor) -> Operator:
+    def _scale(self, factor: float | Tensor) -> Operator:
         """Factor times the operator."""
 
     @abstractmethod
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         """The sum in closed form, or None if there is none."""
 
     @abstractmethod
-    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
         """`sample`, in float32 at least."""
 
     @property
     @abstractmethod
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the leaves of a vector."""
+    def domain(self) -> Domain:
+        """Structure, names and shapes of its vectors; a field of some operators, a property of others."""
 
     @property
     @abstractmethod
@@ -105,11 +104,6 @@ class Operator(LinearMap):
         """The names of the parameters it acts on, each with the names of the blocks that hold it."""
 
     # --- derived ---------------------------------------------------------------------------------------------
-
-    @property
-    def size(self) -> int:
-        """The number D of rows."""
-        return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def model_dtype(self) -> torch.dtype | None:
@@ -171,7 +165,7 @@ class Operator(LinearMap):
     def product(self, vectors: Tree, leading: int) -> Tree:
         """The operator applied to vectors of any floating dtypes that are stacked along ``leading`` axes."""
         operator, wide = self.in_one_dtype(vectors)
-        images = operator.apply(wide, leading)
+        images = operator._apply(wide, leading)
         return images if wide is vectors else tree_map(lambda image, x: image.to(x.dtype), images, vectors)
 
     def matvec(self, v: Tree) -> Tree:
@@ -190,7 +184,7 @@ class Operator(LinearMap):
     def quadratic(self, v: Tree) -> Tensor:
         """v^T curv v, a 0-d tensor in the widest of the dtypes of the operator and the vector."""
         operator, wide = self.in_one_dtype(v)
-        return inner(wide, operator.apply(wide, 0))
+        return inner(wide, operator._apply(wide, 0))
 
     def precise(self) -> Self:
         """The operator in float32 at least, as eigenvalues and powers are computed."""
@@ -208,7 +202,7 @@ class Operator(LinearMap):
                 f"sample draws from a torch.Generator, its first argument, but got {generator!r}: write "
                 "sample(torch.Generator().manual_seed(0)), and sample(generator, n=3) for three draws"
             )
-        return tree_map(lambda x: x.to(self.dtype), self.precise().draws(generator, n))
+        return tree_map(lambda x: x.to(self.dtype), self.precise()._sample(generator, n))
 
     def power(self, exponent: float, damping: Damping | float | Tensor = 0.0) -> Operator:
         """(curv + damping)^exponent.
@@ -220,8 +214,8 @@ class Operator(LinearMap):
         damping = as_damping(damping)
         undamped = not isinstance(damping.strength, Tensor) and damping.strength == 0
         if undamped:
-            return self.precise().raised(exponent, damped=False)
-        return self.precise().damp(damping).raised(exponent, damped=True)
+            return self.precise()._power(exponent, damped=False)
+        return self.precise().damp(damping)._power(exponent, damped=True)
 
     def inverse(self, damping: Damping | float | Tensor = 0.0) -> Operator:
         """(curv + damping)^-1.
@@ -264,7 +258,7 @@ class Operator(LinearMap):
 
     def eigenvalues(self) -> Tensor:
         """All D eigenvalues, ascending."""
-        return self.precise().spectrum().sort().values
+        return self.precise()._eigenvalues().sort().values
 
     def logdet(self) -> Tensor:
         """Log det curv, a 0-d tensor: -inf if singular."""
@@ -278,8 +272,8 @@ class Operator(LinearMap):
     def __add__(self, other: Operator) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
-        if self.shapes != other.shapes:
-            mine, others = (dict(zip(x.parameters, x.shapes, strict=True)) for x in (self, other))
+        if self.domain.shapes != other.domain.shapes:
+            mine, others = (dict(zip(x.domain.names, x.domain.shapes, strict=True)) for x in (self, other))
             unequal = [
                 f"{name!r} ({mine.get(name)} and {others.get(name)})"
                 for name in sorted(mine.keys() | others.keys())
@@ -288,8 +282,8 @@ class Operator(LinearMap):
             raise PytreeError(f"the operators to be added act on different vectors: {', '.join(unequal)}")
         dtype = widest(self.dtypes | other.dtypes)
         one, two = self.widened(dtype), other.widened(dtype)
-        total = one.plus(two)
-        total = total if total is not None else two.plus(one)
+        total = one._add(two)
+        total = total if total is not None else two._add(one)
         if total is not None:
             return total
         from curvlib.operators.sums import lazy_sum  # a sum is an operator too
@@ -299,7 +293,7 @@ class Operator(LinearMap):
     def __mul__(self, factor: float | Tensor) -> Operator:
         if isinstance(factor, Operator) or (isinstance(factor, Tensor) and factor.ndim):
             raise ArgumentError("an operator can be multiplied by a number or a 0-d tensor only; use @ for vectors")
-        return self.scaled(factor.to(self.dtype) if isinstance(factor, Tensor) else factor)
+        return self._scale(factor.to(self.dtype) if isinstance(factor, Tensor) else factor)
 
     def __rmul__(self, factor: float | Tensor) -> Operator:
         return self * factor

@@ -156,7 +156,7 @@ class CanonicalBasis(Basis):
         return c
 
     def forms(self, matrix: Matrix) -> Tensor:
-        return matrix.diagonals()
+        return matrix.diag()
 
     def rows(self, index: Tensor, like: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(index, self.size).to(like.dtype)

@@ -208,11 +208,11 @@ class DenseBlocks(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return times_from_right(v, self.stacks)
 
-    def diagonals(self) -> Tensor:
+    def diag(self) -> Tensor:
         return together([stack.diagonal(dim1=-2, dim2=-1).flatten(-2) for stack in self.stacks], -1)
 
     def traces(self) -> Tensor:
-        return self.diagonals().sum(-1)
+        return self.diag().sum(-1)
 
     def square_norms(self) -> Tensor:
         return torch.stack([stack.square().sum((-3, -2, -1)) for stack in self.stacks]).sum(0)
@@ -237,13 +237,13 @@ class DenseBlocks(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> Eigen:
         return self.eigen().damp(damping)
 
-    def raised(self, exponent: float, *, damped: bool) -> Eigen:
-        return self.eigen().raised(exponent, damped=damped)
+    def _power(self, exponent: float, *, damped: bool) -> Eigen:
+        return self.eigen()._power(exponent, damped=damped)
 
-    def scaled(self, factor: float | Tensor) -> DenseBlocks:
+    def _scale(self, factor: float | Tensor) -> DenseBlocks:
         return self.map_stacks(lambda stack: factor * stack)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         fits = isinstance(other, DenseBlocks) and other.runs == self.runs
         if isinstance(other, Matrix) and (fits or isinstance(other, (Diagonal, ScaledIdentity))):
             return self.map_stacks(torch.add, diagonal_blocks(other, self.runs))
@@ -276,13 +276,13 @@ def diagonal_blocks(matrix: Matrix, runs: Runs) -> Stacks:
             values = cut(matrix.values, runs, -1)
             return tuple((q * v.unsqueeze(-2)) @ q.mT for q, v in zip(basis.vectors, values, strict=True))
         case Diagonal() | ScaledIdentity() | Eigen(basis=CanonicalBasis()):
-            return tuple(map(torch.diag_embed, cut(matrix.diagonals(), runs, -1)))
+            return tuple(map(torch.diag_embed, cut(matrix.diag(), runs, -1)))
     return tuple(blocks_by_products(matrix, runs))
 
 
 def blocks_by_products(matrix: Matrix, runs: Runs) -> list[Tensor]:
     """Diagonal blocks read off products with the unit vectors of one block at a time."""
-    like, stacks, start = matrix.diagonals(), [], 0
+    like, stacks, start = matrix.diag(), [], 0
     for count, width in runs:
         unit, blocks = torch.eye(width, dtype=like.dtype, device=like.device), []
         for _ in range(count):

@@ -44,10 +44,6 @@ class BlockDiagonal(Operator):
         return self.operators
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return self.domain.shapes
-
-    @property
     def parameters(self) -> Mapping[str, tuple[str, ...]]:
         holders: dict[str, tuple[str, ...]] = dict.fromkeys(self.domain.names, ())
         for name, layout in self.layouts:
@@ -81,9 +77,9 @@ class BlockDiagonal(Operator):
         leaves = self.domain.leaves(vectors, leading)
         return {name: layout.gather(leaves) for name, layout in self.layouts}
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
         parts = self.gather(vectors, leading)
-        return self.scatter({name: block.apply(parts[name], leading) for name, _, block in self.items()})
+        return self.scatter({name: block._apply(parts[name], leading) for name, _, block in self.items()})
 
     def to_dense(self) -> Tensor:
         matrices = {name: block.to_dense() for name, _, block in self.items()}
@@ -107,11 +103,11 @@ class BlockDiagonal(Operator):
         """The sum of a number over all blocks."""
         return torch.stack([fn(block) for block in self.operators.values()]).sum()
 
-    def spectrum(self) -> Tensor:
+    def _eigenvalues(self) -> Tensor:
         parts = []
         for name, _, block in self.items():
             with naming(name):
-                parts.append(block.spectrum())
+                parts.append(block._eigenvalues())
         return torch.cat(parts)
 
     def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> BlockDiagonal:
@@ -121,21 +117,21 @@ class BlockDiagonal(Operator):
         damping = as_damping(damping)
         return self.map_blocks(lambda block: block.damp(damping))
 
-    def raised(self, exponent: float, *, damped: bool) -> BlockDiagonal:
-        return self.map_blocks(lambda block: block.raised(exponent, damped=damped))
+    def _power(self, exponent: float, *, damped: bool) -> BlockDiagonal:
+        return self.map_blocks(lambda block: block._power(exponent, damped=damped))
 
-    def scaled(self, factor: float | Tensor) -> BlockDiagonal:
-        return self.map_blocks(lambda block: block.scaled(factor))
+    def _scale(self, factor: float | Tensor) -> BlockDiagonal:
+        return self.map_blocks(lambda block: block._scale(factor))
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         if not isinstance(other, BlockDiagonal) or (self.layouts, self.domain) != (other.layouts, other.domain):
             return None
         sums = {name: block + other.operators[name] for name, _, block in self.items()}
         return BlockDiagonal(sums, self.layouts, self.domain)
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
         parts = {}
         for name, _, block in self.items():
             with naming(name):
-                parts[name] = block.draws(generator, n)
+                parts[name] = block._sample(generator, n)
         return self.scatter(parts)

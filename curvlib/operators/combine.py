@@ -66,8 +66,9 @@ def ema(old: Operator | None, new: Operator, decay: float | Tensor) -> Operator:
 
 def merge(a: Operator, b: Operator, weights: Weights) -> Operator:
     """`merge_factors`, by class."""
-    if type(a) is not type(b) or a.shapes != b.shapes:
-        raise PytreeError(f"cannot merge a {type(a).__name__} on {a.shapes} with a {type(b).__name__} on {b.shapes}")
+    on_a, on_b = a.domain.shapes, b.domain.shapes
+    if type(a) is not type(b) or on_a != on_b:
+        raise PytreeError(f"cannot merge a {type(a).__name__} on {on_a} with a {type(b).__name__} on {on_b}")
     wa, wb = weights
     match a, b:
         case BlockDiagonal(), BlockDiagonal():

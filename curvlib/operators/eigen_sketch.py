@@ -117,7 +117,7 @@ class EigenSketch(Compressor):
         eigen = block.eigen()
         basis, values = eigen.basis, eigen.values
         spread = basis.spread(values)
-        if rank >= block.size:
+        if rank >= block.domain.size:
             index = torch.arange(spread.numel(), device=values.device)
         else:
             named = values if spread.shape[-1] == basis.width else values[..., :-1]

@@ -14,7 +14,7 @@ from curvlib.operators.bases import Basis
 from curvlib.operators.damping import Damping, FactoredTikhonov, as_damping, shift
 from curvlib.operators.matrices import Matrix, normal
 from curvlib.operators.vectors import check_shape
-from curvlib.pytree import register
+from curvlib.pytree import Domain, register
 
 
 class MatrixBlock(Operator):
@@ -26,8 +26,8 @@ class MatrixBlock(Operator):
         """The shape of a vector, [*, m, n]."""
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self.shape,)
+    def domain(self) -> Domain:
+        return Domain.of_tensor(self.shape)
 
     @property
     def blocks(self) -> Mapping[str, Operator]:
@@ -65,7 +65,7 @@ class Kronecker(MatrixBlock):
         front = torch.broadcast_shapes(self.left.shape[:-1], self.right.shape[:-1])
         return (*front, self.left.shape[-1], self.right.shape[-1])
 
-    def apply(self, vectors: Tensor, leading: int) -> Tensor:
+    def _apply(self, vectors: Tensor, leading: int) -> Tensor:
         check_shape(vectors, leading, self.shape)
         return self.right.right(self.left.left(vectors))
 
@@ -76,7 +76,7 @@ class Kronecker(MatrixBlock):
         return torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(left, right, strict=True)))
 
     def diag(self) -> Tensor:
-        return self.left.diagonals().unsqueeze(-1) * self.right.diagonals().unsqueeze(-2)
+        return self.left.diag().unsqueeze(-1) * self.right.diag().unsqueeze(-2)
 
     def trace(self) -> Tensor:
         return (self.left.traces() * self.right.traces()).sum()
@@ -84,8 +84,8 @@ class Kronecker(MatrixBlock):
     def frobenius_norm(self) -> Tensor:
         return (self.left.square_norms() * self.right.square_norms()).sum().sqrt()
 
-    def spectrum(self) -> Tensor:
-        return self.eigen().spectrum()
+    def _eigenvalues(self) -> Tensor:
+        return self.eigen()._eigenvalues()
 
     @remembered
     def eigen(self) -> EigenKronecker:
@@ -114,22 +114,22 @@ class Kronecker(MatrixBlock):
             right.map_eigenvalues(lambda nu: nu + (root * pi).unsqueeze(-1)),
         )
 
-    def raised(self, exponent: float, *, damped: bool) -> Kronecker:
-        left, right = (side.raised(exponent, damped=damped) for side in (self.left, self.right))
+    def _power(self, exponent: float, *, damped: bool) -> Kronecker:
+        left, right = (side._power(exponent, damped=damped) for side in (self.left, self.right))
         assert isinstance(left, Matrix)
         assert isinstance(right, Matrix)
         return Kronecker(left, right)
 
-    def scaled(self, factor: float | Tensor) -> Kronecker:
-        left = self.left.scaled(factor)
+    def _scale(self, factor: float | Tensor) -> Kronecker:
+        left = self.left._scale(factor)
         assert isinstance(left, Matrix)
         return Kronecker(left, self.right)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
-        return self.eigen().draws(generator, n)
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tensor:
+        return self.eigen()._sample(generator, n)
 
 
 @register
@@ -177,7 +177,7 @@ class EigenKronecker(MatrixBlock):
         """The sum of one number an eigenvalue over the spectrum, a 0-d tensor."""
         return self.left.total(self.right.total(values)).sum()
 
-    def apply(self, vectors: Tensor, leading: int) -> Tensor:
+    def _apply(self, vectors: Tensor, leading: int) -> Tensor:
         check_shape(vectors, leading, self.shape)
         return self.synthesise(self.spread(self.values) * self.analyse(vectors))
 
@@ -197,7 +197,7 @@ class EigenKronecker(MatrixBlock):
     def frobenius_norm(self) -> Tensor:
         return self.total(self.values.square()).sqrt()
 
-    def spectrum(self) -> Tensor:
+    def _eigenvalues(self) -> Tensor:
         m, n = self.shape[-2:]
         return self.spread(self.values)[..., :m, :n].reshape(-1)
 
@@ -208,16 +208,16 @@ class EigenKronecker(MatrixBlock):
         mean = self.trace() / math.prod(self.shape)
         return EigenKronecker(self.left, self.right, self.values + shift(as_damping(damping), mean))
 
-    def raised(self, exponent: float, *, damped: bool) -> EigenKronecker:
+    def _power(self, exponent: float, *, damped: bool) -> EigenKronecker:
         values = powers(self.values.flatten(-2), exponent, damped=damped)
         return EigenKronecker(self.left, self.right, values.reshape(self.values.shape))
 
-    def scaled(self, factor: float | Tensor) -> EigenKronecker:
+    def _scale(self, factor: float | Tensor) -> EigenKronecker:
         return EigenKronecker(self.left, self.right, factor * self.values)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tensor:
         root = self.spread(powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.values.shape))
         return self.synthesise(root * normal(root, generator, n))

@@ -108,7 +108,7 @@ class KroneckerBasis(Basis):
     def forms(self, matrix: Matrix) -> Tensor:
         if isinstance(matrix, KroneckerSide) and matrix.widths == self.widths:
             return outer([basis.forms(factor) for basis, factor in zip(self.bases, matrix.factors, strict=True)])
-        like = matrix.diagonals()
+        like = matrix.diag()
         vectors = self.synthesise_left(torch.eye(self.width, dtype=like.dtype, device=like.device))
         return (vectors * matrix.left(vectors)).sum(-2)
 
@@ -162,8 +162,8 @@ class KroneckerSide(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return by_columns([factor.right for factor in self.factors], self.widths, v)
 
-    def diagonals(self) -> Tensor:
-        return outer([factor.diagonals() for factor in self.factors])
+    def diag(self) -> Tensor:
+        return outer([factor.diag() for factor in self.factors])
 
     def traces(self) -> Tensor:
         return product([factor.traces() for factor in self.factors])
@@ -199,16 +199,16 @@ class KroneckerSide(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> Eigen:
         return self.eigen().damp(damping)
 
-    def raised(self, exponent: float, *, damped: bool) -> KroneckerSide:
-        return self.with_factors([factor.raised(exponent, damped=damped) for factor in self.factors])
+    def _power(self, exponent: float, *, damped: bool) -> KroneckerSide:
+        return self.with_factors([factor._power(exponent, damped=damped) for factor in self.factors])
 
-    def scaled(self, factor: float | Tensor) -> KroneckerSide:
+    def _scale(self, factor: float | Tensor) -> KroneckerSide:
         first, *others = self.factors
-        return self.with_factors([first.scaled(factor), *others])
+        return self.with_factors([first._scale(factor), *others])
 
     def with_factors(self, factors: Sequence[Operator]) -> KroneckerSide:
         """The product of other factors."""
         return KroneckerSide(tuple(factor for factor in factors if isinstance(factor, Matrix)))
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None

@@ -92,8 +92,8 @@ class LowRank(Matrix):
         inside = (v @ self.vectors) * self.excess().unsqueeze(-2)
         return self.remainder[..., None, None] * v + inside @ self.vectors.mT
 
-    def diagonals(self) -> Tensor:
-        return self.eigen().diagonals()
+    def diag(self) -> Tensor:
+        return self.eigen().diag()
 
     def traces(self) -> Tensor:
         return self.eigen().traces()
@@ -125,11 +125,11 @@ class LowRank(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> LowRank:
         return self.with_values(self.joined() + shift(as_damping(damping), self.mean_eigenvalue()))
 
-    def raised(self, exponent: float, *, damped: bool) -> LowRank:
+    def _power(self, exponent: float, *, damped: bool) -> LowRank:
         return self.with_values(powers(self.joined(), exponent, damped=damped))
 
-    def scaled(self, factor: float | Tensor) -> LowRank:
+    def _scale(self, factor: float | Tensor) -> LowRank:
         return self.with_values(factor * self.joined())
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None

@@ -14,7 +14,7 @@ from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import Basis, CanonicalBasis, OrthogonalBasis
 from curvlib.operators.damping import Damping, Tikhonov, as_damping, shift
 from curvlib.operators.vectors import check_shape
-from curvlib.pytree import register, static
+from curvlib.pytree import Domain, register, static
 
 
 class Matrix(Operator):
@@ -27,10 +27,6 @@ class Matrix(Operator):
     @abstractmethod
     def right(self, v: Tensor) -> Tensor:
         """V M for V [*, n, d]."""
-
-    @abstractmethod
-    def diagonals(self) -> Tensor:
-        """Diag M, [*, d]."""
 
     @abstractmethod
     def traces(self) -> Tensor:
@@ -58,10 +54,10 @@ class Matrix(Operator):
         """The shape of a vector, [*, d]."""
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self.shape,)
+    def domain(self) -> Domain:
+        return Domain.of_tensor(self.shape)
 
-    def apply(self, vectors: Tensor, leading: int) -> Tensor:
+    def _apply(self, vectors: Tensor, leading: int) -> Tensor:
         check_shape(vectors, leading, self.shape)
         return self.right(vectors.unsqueeze(-2)).squeeze(-2)
 
@@ -69,20 +65,17 @@ class Matrix(Operator):
         matrices = self.matrices()
         return torch.block_diag(*matrices.reshape(-1, *matrices.shape[-2:]))
 
-    def diag(self) -> Tensor:
-        return self.diagonals()
-
     def trace(self) -> Tensor:
         return self.traces().sum()
 
     def frobenius_norm(self) -> Tensor:
         return self.square_norms().sum().sqrt()
 
-    def spectrum(self) -> Tensor:
+    def _eigenvalues(self) -> Tensor:
         eigen = self.eigen()
         return eigen.basis.spread(eigen.values)[..., : eigen.basis.width].reshape(-1)
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tensor:
         eigen = self.eigen()
         root = eigen.basis.spread(powers(eigen.values, 0.5, damped=False))
         return eigen.basis.synthesise_right((root * normal(root, generator, n)).unsqueeze(-2)).squeeze(-2)
@@ -130,11 +123,11 @@ class Dense(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return v @ self.matrix
 
-    def diagonals(self) -> Tensor:
+    def diag(self) -> Tensor:
         return self.matrix.diagonal(dim1=-2, dim2=-1)
 
     def traces(self) -> Tensor:
-        return self.diagonals().sum(-1)
+        return self.diag().sum(-1)
 
     def square_norms(self) -> Tensor:
         return self.matrix.square().sum((-2, -1))
@@ -156,13 +149,13 @@ class Dense(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> Eigen:
         return self.eigen().damp(damping)
 
-    def raised(self, exponent: float, *, damped: bool) -> Eigen:
-        return self.eigen().raised(exponent, damped=damped)
+    def _power(self, exponent: float, *, damped: bool) -> Eigen:
+        return self.eigen()._power(exponent, damped=damped)
 
-    def scaled(self, factor: float | Tensor) -> Dense:
+    def _scale(self, factor: float | Tensor) -> Dense:
         return Dense(factor * self.matrix)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return Dense(self.matrix + other.matrix) if isinstance(other, Dense) else None
 
 
@@ -190,7 +183,7 @@ class Diagonal(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return v * self.values.unsqueeze(-2)
 
-    def diagonals(self) -> Tensor:
+    def diag(self) -> Tensor:
         return self.values
 
     def traces(self) -> Tensor:
@@ -200,7 +193,7 @@ class Diagonal(Matrix):
         return self.values.square().sum(-1)
 
     def inner(self, other: Matrix) -> Tensor:
-        return (self.values * other.diagonals()).sum(-1)
+        return (self.values * other.diag()).sum(-1)
 
     def eigen(self) -> Eigen:
         return Eigen(CanonicalBasis(self.values.shape[-1]), self.values)
@@ -214,13 +207,13 @@ class Diagonal(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> Diagonal:
         return Diagonal(self.values + shift(as_damping(damping), self.mean_eigenvalue()))
 
-    def raised(self, exponent: float, *, damped: bool) -> Diagonal:
+    def _power(self, exponent: float, *, damped: bool) -> Diagonal:
         return Diagonal(powers(self.values, exponent, damped=damped))
 
-    def scaled(self, factor: float | Tensor) -> Diagonal:
+    def _scale(self, factor: float | Tensor) -> Diagonal:
         return Diagonal(factor * self.values)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return Diagonal(self.values + other.values) if isinstance(other, Diagonal) else None
 
 
@@ -250,23 +243,23 @@ class ScaledIdentity(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return self.scale[..., None, None] * v
 
-    def diagonals(self) -> Tensor:
+    def diag(self) -> Tensor:
         return self.scale[(..., *(None,) * len(self.vector))].expand(*self.scale.shape, *self.vector)
 
     def traces(self) -> Tensor:
-        return self.diagonals().sum(-1)
+        return self.diag().sum(-1)
 
     def square_norms(self) -> Tensor:
-        return self.diagonals().square().sum(-1)
+        return self.diag().square().sum(-1)
 
     def inner(self, other: Matrix) -> Tensor:
-        return (self.diagonals() * other.diagonals()).sum(-1)
+        return (self.diag() * other.diag()).sum(-1)
 
     def eigen(self) -> Eigen:
-        return Eigen(CanonicalBasis(self.vector[-1]), self.diagonals())
+        return Eigen(CanonicalBasis(self.vector[-1]), self.diag())
 
     def matrices(self) -> Tensor:
-        return torch.diag_embed(self.diagonals())
+        return torch.diag_embed(self.diag())
 
     def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> ScaledIdentity:
         return ScaledIdentity(fn(self.scale), self.vector)
@@ -274,13 +267,13 @@ class ScaledIdentity(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> ScaledIdentity:
         return ScaledIdentity(self.scale + shift(as_damping(damping), self.scale), self.vector)
 
-    def raised(self, exponent: float, *, damped: bool) -> ScaledIdentity:
+    def _power(self, exponent: float, *, damped: bool) -> ScaledIdentity:
         return ScaledIdentity(powers(self.scale.unsqueeze(-1), exponent, damped=damped).squeeze(-1), self.vector)
 
-    def scaled(self, factor: float | Tensor) -> ScaledIdentity:
+    def _scale(self, factor: float | Tensor) -> ScaledIdentity:
         return ScaledIdentity(factor * self.scale, self.vector)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return other.damp(Tikhonov(self.scale))
 
 
@@ -306,7 +299,7 @@ class Eigen(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return self.basis.synthesise_right(self.basis.analyse_right(v) * self.basis.spread(self.values).unsqueeze(-2))
 
-    def diagonals(self) -> Tensor:
+    def diag(self) -> Tensor:
         return self.basis.square_right(self.values.unsqueeze(-2)).squeeze(-2)
 
     def traces(self) -> Tensor:
@@ -330,11 +323,11 @@ class Eigen(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> Eigen:
         return Eigen(self.basis, self.values + shift(as_damping(damping), self.mean_eigenvalue()))
 
-    def raised(self, exponent: float, *, damped: bool) -> Eigen:
+    def _power(self, exponent: float, *, damped: bool) -> Eigen:
         return Eigen(self.basis, powers(self.values, exponent, damped=damped))
 
-    def scaled(self, factor: float | Tensor) -> Eigen:
+    def _scale(self, factor: float | Tensor) -> Eigen:
         return Eigen(self.basis, factor * self.values)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None

@@ -77,7 +77,7 @@ def nearest_kronecker(
             raise ArgumentError("shape is for one block; blocks of a curvature have shapes of their own")
 
         def approximate(block: Operator) -> Operator:
-            if len(block.shapes[0]) < 2:
+            if len(block.domain.shapes[0]) < 2:
                 return block
             return nearest_kronecker(
                 block, terms=terms, generator=generator, tolerance=tolerance, max_iterations=max_iterations
@@ -85,7 +85,7 @@ def nearest_kronecker(
 
         return operator.map_blocks(approximate)
     viewed = matrix_shape(operator, shape)
-    exact = in_closed_form(operator, terms) if viewed == operator.shapes[0] else None
+    exact = in_closed_form(operator, terms) if viewed == operator.domain.shapes[0] else None
     if exact is not None:
         return exact
     left, values, right = leading_triples(operator, viewed, terms, generator, tolerance, max_iterations)
@@ -94,11 +94,11 @@ def nearest_kronecker(
 
 def matrix_shape(operator: Operator, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape to view vectors by, checked."""
-    if len(operator.shapes) > 1:
+    if len(operator.domain.shapes) > 1:
         raise NotKroneckerError(
-            f"the operator acts on {len(operator.shapes)} tensors at once: take its blocks, or a BlockDiagonal"
+            f"the operator acts on {len(operator.domain.shapes)} tensors at once: take its blocks, or a BlockDiagonal"
         )
-    own = operator.shapes[0]
+    own = operator.domain.shapes[0]
     viewed = own if shape is None else tuple(shape)
     if math.prod(viewed) != math.prod(own):
         raise ShapeError(f"vectors of shape {own} cannot be viewed as matrices {viewed}")
@@ -124,7 +124,7 @@ def in_closed_form(operator: Operator, terms: int) -> Operator | None:
         case Sum():
             return combined([as_product(term) for term in operator.terms], terms)
         case DampedSum(total=total, shift=shift):
-            return combined([*map(as_product, total.terms), identity(shift, operator.shapes[0])], terms)
+            return combined([*map(as_product, total.terms), identity(shift, operator.domain.shapes[0])], terms)
     return None
 
 
@@ -175,7 +175,7 @@ def combined(products: list[Kronecker | None], terms: int) -> Operator | None:
 def coordinates(sides: list[Matrix]) -> tuple[Tensor, bool]:
     """The sides' entries [*, d * d, r], or their diagonals [*, d, r] and True where they have no other entries."""
     diagonal = all(isinstance(side, (Diagonal, ScaledIdentity)) for side in sides)
-    entries = [side.diagonals() if diagonal else side.matrices().flatten(-2) for side in sides]
+    entries = [side.diag() if diagonal else side.matrices().flatten(-2) for side in sides]
     return torch.stack(torch.broadcast_tensors(*entries), -1), diagonal
 
 

@@ -177,9 +177,8 @@ def of_rows(sides: Sides, gradients: BlockGradients) -> Tensor:
 def project(curv: Operator, compressor: Compressor) -> Projection:
     """R o curv, block by block."""
     if not isinstance(curv, BlockDiagonal):
-        domain = Domain.of_tensor(curv.shapes[0])
-        region = Region.whole(0, curv.shapes[0])
-        curv = BlockDiagonal({"params": curv}, (("params", Layout((region,))),), domain)
+        region = Region.whole(0, curv.domain.shapes[0])
+        curv = BlockDiagonal({"params": curv}, (("params", Layout((region,))),), curv.domain)
     compressor.check(curv.domain)
     sides = {}
     for name, _, block in curv.items():

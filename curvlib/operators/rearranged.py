@@ -102,7 +102,7 @@ def unit_images(operator: Operator, shape: tuple[int, ...], like: Tensor) -> Ite
             small, *(1,) * len(front), small
         )
         vectors = units.mT if wide else units
-        images = operator.apply(vectors.reshape(small, *operator.shapes[0]), 1).reshape(small, *shape)
+        images = operator._apply(vectors.reshape(small, *operator.domain.shapes[0]), 1).reshape(small, *shape)
         yield (images.mT if wide else images).movedim(0, -3)
 
 

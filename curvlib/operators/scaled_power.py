@@ -60,7 +60,7 @@ class ScaledPower(Matrix):
         """
         if self.exponent == 1:
             return self.base
-        power = self.base.raised(self.exponent, damped=False)
+        power = self.base._power(self.exponent, damped=False)
         return as_matrix(power.widened(self.base.dtype))  # half precision has been decomposed in float32
 
     @property
@@ -74,8 +74,8 @@ class ScaledPower(Matrix):
     def right(self, v: Tensor) -> Tensor:
         return self.scale[..., None, None] * self.powered().right(v)
 
-    def diagonals(self) -> Tensor:
-        return self.scale.unsqueeze(-1) * self.powered().diagonals()
+    def diag(self) -> Tensor:
+        return self.scale.unsqueeze(-1) * self.powered().diag()
 
     def traces(self) -> Tensor:
         return self.scale * self.powered().traces()
@@ -100,7 +100,7 @@ class ScaledPower(Matrix):
     def damp(self, damping: Damping | float | Tensor) -> Eigen:
         return self.eigen().damp(damping)
 
-    def raised(self, exponent: float, *, damped: bool) -> ScaledPower:
+    def _power(self, exponent: float, *, damped: bool) -> ScaledPower:
         if exponent == 1:
             return self
         scale = powers(self.scale.unsqueeze(-1), exponent, damped=damped).squeeze(-1)
@@ -112,10 +112,10 @@ class ScaledPower(Matrix):
                 powers(values, 0.5, damped=damped)
         return ScaledPower(self.base, scale, total)
 
-    def scaled(self, factor: float | Tensor) -> ScaledPower:
+    def _scale(self, factor: float | Tensor) -> ScaledPower:
         return ScaledPower(self.base, factor * self.scale, self.exponent)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None
 
     def absorbed(self) -> Matrix:
@@ -140,12 +140,12 @@ def times(matrix: Matrix, factor: Tensor) -> Matrix:
         case Dense():
             return Dense(factor[..., None, None] * matrix.matrix)
         case Diagonal() | ScaledIdentity():
-            return Diagonal(factor.unsqueeze(-1) * matrix.diagonals())
+            return Diagonal(factor.unsqueeze(-1) * matrix.diag())
         case DenseBlocks():
             return matrix.map_stacks(lambda stack: factor[..., None, None, None] * stack)
         case KroneckerSide(factors=(first, *others)):
             return KroneckerSide((times(first, factor), *others))
         case ScaledPower():
-            return matrix.scaled(factor)
+            return matrix._scale(factor)
     eigen = matrix.eigen()
     return Eigen(eigen.basis, factor.unsqueeze(-1) * eigen.values)

@@ -70,9 +70,9 @@ class SimultaneousKronecker(Lazy):
         """The same formula as that of an operator with orthonormal bases: what does not use them being orthonormal."""
         return EigenKronecker(self.left, self.right, self.values)
 
-    def apply(self, vectors: Tensor, leading: int) -> Tensor:
+    def _apply(self, vectors: Tensor, leading: int) -> Tensor:
         check_shape(vectors, leading, self.shape)
-        return self.form().apply(vectors, leading)
+        return self.form()._apply(vectors, leading)
 
     def to_dense(self) -> Tensor:
         return self.form().to_dense()
@@ -102,21 +102,21 @@ class SimultaneousKronecker(Lazy):
     def damp(self, damping: Damping | float | Tensor) -> Operator:
         return self.dense().damp(damping)
 
-    def raised(self, exponent: float, *, damped: bool) -> Operator:
+    def _power(self, exponent: float, *, damped: bool) -> Operator:
         if exponent == 1:
             return self
         if exponent != -1:
-            return self.dense().raised(exponent, damped=damped)
+            return self.dense()._power(exponent, damped=damped)
         values = powers(self.values.flatten(-2), -1, damped=damped).reshape(self.shape)
         return SimultaneousKronecker(dual(self.left), dual(self.right), values)
 
-    def scaled(self, factor: float | Tensor) -> SimultaneousKronecker:
+    def _scale(self, factor: float | Tensor) -> SimultaneousKronecker:
         return SimultaneousKronecker(self.left, self.right, factor * self.values)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tensor:
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tensor:
         root = powers(self.values.flatten(-2), 0.5, damped=False).reshape(self.shape)
         return self.form().synthesise(root * normal(self.values, generator, n))
 
@@ -260,6 +260,6 @@ def inverse_of_two(products: Sequence[Kronecker], *, damped: bool) -> Operator |
     left, right = both
     values = values_in(products, left.basis, right.basis)
     if left.orthonormal and right.orthonormal:
-        return EigenKronecker(left.basis, right.basis, values).raised(-1, damped=damped)
+        return EigenKronecker(left.basis, right.basis, values)._power(-1, damped=damped)
     inverted = powers(values.flatten(-2), -1, damped=damped).reshape(values.shape)
     return SimultaneousKronecker(left.basis, right.basis, inverted)

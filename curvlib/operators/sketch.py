@@ -58,7 +58,7 @@ def sketch_shape(block: Operator, rank: int) -> tuple[int, ...]:
             *front, m, n = block.shape
             return (*front, min(rank, m), min(rank, n))
         case Matrix():
-            return (min(rank, block.size),)
+            return (min(rank, block.domain.size),)
     raise NotKroneckerError(f"a {type(block).__name__} has no sides to be sketched; of a tied weight, use tied='merge'")
 
 
@@ -102,11 +102,11 @@ class Sketch(Compressor):
             case Kronecker(left=left, right=right):
                 sides = ("left", left), ("right", right)
                 return tuple(
-                    side.right(self.matrix(name, label, side.shape[-1], side.diagonals())) for label, side in sides
+                    side.right(self.matrix(name, label, side.shape[-1], side.diag())) for label, side in sides
                 )
             case Matrix():
-                rows = self.matrix(name, "rows", block.size, block.diagonals())
-                return (block.apply(rows.reshape(-1, *block.shape), 1),)
+                rows = self.matrix(name, "rows", block.domain.size, block.diag())
+                return (block._apply(rows.reshape(-1, *block.shape), 1),)
         reason = (
             "its eigenvalues do not factor" if isinstance(block, EigenKronecker) else "it is not a Kronecker product"
         )

@@ -11,7 +11,7 @@ from curvlib.errors import ConvergenceError
 from curvlib.linalg.conjugate_gradient import conjugate_gradient
 from curvlib.operators.base import Operator, remembered
 from curvlib.operators.damping import Damping
-from curvlib.operators.lazy import Lazy, dense_operator, domain_of
+from curvlib.operators.lazy import Lazy, dense_operator
 from curvlib.operators.vectors import at_least_single, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static, unflatten
 
@@ -48,9 +48,9 @@ class SolvedInverse(Lazy):
 
     @property
     def domain(self) -> Domain:
-        return domain_of(self.operator)
+        return self.operator.domain
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
         eps = torch.finfo(at_least_single(flatten(vectors)[0][0].dtype)).eps
         try:
             return solutions(
@@ -69,7 +69,7 @@ class SolvedInverse(Lazy):
         """The inverse as an eigendecomposed matrix, where it is small enough."""
         operator = self.operator
         whole = operator.dense() if isinstance(operator, Lazy) else dense_operator(operator, "an operator")
-        return whole.raised(-1, damped=True)
+        return whole._power(-1, damped=True)
 
     def to_dense(self) -> Tensor:
         return self.dense().to_dense()
@@ -86,18 +86,18 @@ class SolvedInverse(Lazy):
     def damp(self, damping: Damping | float | Tensor) -> Operator:
         return self.dense().damp(damping)
 
-    def raised(self, exponent: float, *, damped: bool) -> Operator:
-        return self.operator if exponent == -1 else self.dense().raised(exponent, damped=damped)
+    def _power(self, exponent: float, *, damped: bool) -> Operator:
+        return self.operator if exponent == -1 else self.dense()._power(exponent, damped=damped)
 
-    def scaled(self, factor: float | Tensor) -> SolvedInverse:
-        inverse, rough = self.operator.scaled(1 / factor), self.preconditioner.scaled(factor)
+    def _scale(self, factor: float | Tensor) -> SolvedInverse:
+        inverse, rough = self.operator._scale(1 / factor), self.preconditioner._scale(factor)
         return SolvedInverse(inverse, rough, self.tolerance, self.max_iterations)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
-        return self.dense().draws(generator, n)
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
+        return self.dense()._sample(generator, n)
 
 
 def solutions(

@@ -107,16 +107,16 @@ def rough_inverse(terms: Terms, shift: Tensor | None, *, damped: bool) -> Operat
     """
     if isinstance(terms[0], BlockDiagonal):
         rough = terms[0] if shift is None else terms[0].damp(Tikhonov(shift))
-        return rough.raised(-1, damped=damped)
+        return rough._power(-1, damped=damped)
     products = [term for term in terms if isinstance(term, Kronecker)]
     if has_low_rank(products):
-        return merged(products, shift).raised(-1, damped=damped)
+        return merged(products, shift)._power(-1, damped=damped)
     corrected = [term for term in terms if isinstance(term, EigenKronecker)][:1]
     kept = {id(term) for term in products or corrected}
     rest = total_diagonal([term for term in terms if id(term) not in kept], shift, terms[0])
     form = kronecker_form(products, rest) if products else eigen_form(corrected)
     if form is None:
-        return Diagonal(total_diagonal(terms, shift, terms[0])).raised(-1, damped=damped)
+        return Diagonal(total_diagonal(terms, shift, terms[0]))._power(-1, damped=damped)
     left, right, values = form
     values = values + projected(rest, left, right)
     return SimultaneousKronecker(left, right, powers(values.flatten(-2), -1, damped=damped).reshape(values.shape))
@@ -150,7 +150,7 @@ def eigen_form(terms: Sequence[EigenKronecker]) -> Form | None:
 def merged(products: Sequence[Kronecker], shift: Tensor | None) -> Operator:
     """(sum_i G_i) (x) (mean_i A_i) + shift I in place of the sum of products; low-rank sides stay low-rank."""
     left, right = (merged_side(sides) for sides in ([x.left for x in products], [x.right for x in products]))
-    result = Kronecker(left, right).scaled(1 / len(products))
+    result = Kronecker(left, right)._scale(1 / len(products))
     return result if shift is None else result.damp(Tikhonov(shift))
 
 
@@ -166,7 +166,7 @@ def merged_side(sides: Sequence[Matrix]) -> Matrix:
     if len(low_rank) == len(sides):
         ranks = [side.vectors.shape[-1] for side in low_rank]
         return LowRank(*low_rank_sum([side.factor() for side in low_rank], [1.0] * len(ranks), max(ranks)))
-    return Diagonal(torch.stack(torch.broadcast_tensors(*(side.diagonals() for side in sides))).sum(0))
+    return Diagonal(torch.stack(torch.broadcast_tensors(*(side.diag() for side in sides))).sum(0))
 
 
 def projected(diagonal: Tensor, left: Columns, right: Columns) -> Tensor:

@@ -9,7 +9,7 @@ from curvlib.errors import PytreeError
 from curvlib.operators.base import Operator, remembered
 from curvlib.operators.damping import Damping, Tikhonov, as_damping, shift
 from curvlib.operators.kronecker import Kronecker
-from curvlib.operators.lazy import MAX_DENSE, Lazy, dense_operator, domain_of
+from curvlib.operators.lazy import MAX_DENSE, Lazy, dense_operator
 from curvlib.operators.matrices import normal
 from curvlib.operators.solved import SolvedInverse
 from curvlib.operators.sum_inverses import direct_inverse, rough_inverse
@@ -22,8 +22,9 @@ def lazy_sum(*operators: Operator) -> Operator:
     terms: tuple[Operator, ...] = ()
     for operator in operators:
         terms += operator.terms if isinstance(operator, Sum) else (operator,)
-    if len({term.shapes for term in terms}) > 1:
-        raise PytreeError(f"the operators to be added act on vectors of shapes {[term.shapes for term in terms]}")
+    shapes = [term.domain.shapes for term in terms]
+    if len(set(shapes)) > 1:
+        raise PytreeError(f"the operators to be added act on vectors of shapes {shapes}")
     return Sum(terms)
 
 
@@ -51,12 +52,12 @@ class Sum(Lazy):
 
     @property
     def domain(self) -> Domain:
-        return domain_of(self.terms[0])
+        return self.terms[0].domain
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
-        total = self.terms[0].apply(vectors, leading)
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
+        total = self.terms[0]._apply(vectors, leading)
         for term in self.terms[1:]:
-            total = add(total, term.apply(vectors, leading))
+            total = add(total, term._apply(vectors, leading))
         return total
 
     def to_dense(self) -> Tensor:
@@ -85,31 +86,31 @@ class Sum(Lazy):
 
     def damp(self, damping: Damping | float | Tensor) -> DampedSum:
         trace = self.trace()
-        strength = shift(as_damping(damping), trace / self.size)
+        strength = shift(as_damping(damping), trace / self.domain.size)
         return DampedSum(self, torch.as_tensor(strength, dtype=trace.dtype, device=trace.device))
 
-    def raised(self, exponent: float, *, damped: bool) -> Operator:
+    def _power(self, exponent: float, *, damped: bool) -> Operator:
         if exponent == 1:
             return self
         if exponent == -1:
             return inverse(self, self.terms, None, damped=True) if damped else self.undamped_inverse()
-        return self.dense().raised(exponent, damped=damped)
+        return self.dense()._power(exponent, damped=damped)
 
     @remembered
     def undamped_inverse(self) -> Operator:
         """The inverse of the sum as it is."""
         return inverse(self, self.terms, None, damped=False)
 
-    def scaled(self, factor: float | Tensor) -> Sum:
-        return Sum(tuple(term.scaled(factor) for term in self.terms))
+    def _scale(self, factor: float | Tensor) -> Sum:
+        return Sum(tuple(term._scale(factor) for term in self.terms))
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return None
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
-        total = self.terms[0].draws(generator, n)
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
+        total = self.terms[0]._sample(generator, n)
         for term in self.terms[1:]:
-            total = add(total, term.draws(generator, n))
+            total = add(total, term._sample(generator, n))
         return total
 
 
@@ -135,8 +136,8 @@ class DampedSum(Lazy):
     def domain(self) -> Domain:
         return self.total.domain
 
-    def apply(self, vectors: Tree, leading: int) -> Tree:
-        return add(self.total.apply(vectors, leading), scale_tree(self.shift, vectors))
+    def _apply(self, vectors: Tree, leading: int) -> Tree:
+        return add(self.total._apply(vectors, leading), scale_tree(self.shift, vectors))
 
     def to_dense(self) -> Tensor:
         dense = self.total.to_dense()
@@ -146,34 +147,35 @@ class DampedSum(Lazy):
         return tree_map(lambda x: x + self.shift, self.total.diag())
 
     def trace(self) -> Tensor:
-        return self.total.trace() + self.size * self.shift
+        return self.total.trace() + self.domain.size * self.shift
 
     def frobenius_norm(self) -> Tensor:
         # ||K + d I||^2 = ||K||^2 + 2 d tr K + d^2 D
-        squares = self.total.frobenius_norm().square() + self.shift * (2 * self.total.trace() + self.size * self.shift)
+        cross = self.shift * (2 * self.total.trace() + self.domain.size * self.shift)
+        squares = self.total.frobenius_norm().square() + cross
         return squares.clamp(min=0).sqrt()
 
     def dense(self) -> Operator:
         return self.total.dense().damp(self.shift)
 
     def damp(self, damping: Damping | float | Tensor) -> DampedSum:
-        return DampedSum(self.total, self.shift + shift(as_damping(damping), self.trace() / self.size))
+        return DampedSum(self.total, self.shift + shift(as_damping(damping), self.trace() / self.domain.size))
 
-    def raised(self, exponent: float, *, damped: bool) -> Operator:
+    def _power(self, exponent: float, *, damped: bool) -> Operator:
         if exponent == 1:
             return self
         if exponent == -1:
             return inverse(self, self.total.terms, self.shift, damped)
-        return self.dense().raised(exponent, damped=damped)
+        return self.dense()._power(exponent, damped=damped)
 
-    def scaled(self, factor: float | Tensor) -> DampedSum:
-        return DampedSum(self.total.scaled(factor), factor * self.shift)
+    def _scale(self, factor: float | Tensor) -> DampedSum:
+        return DampedSum(self.total._scale(factor), factor * self.shift)
 
-    def plus(self, other: Operator) -> Operator | None:
+    def _add(self, other: Operator) -> Operator | None:
         return (self.total + other).damp(Tikhonov(self.shift))
 
-    def draws(self, generator: torch.Generator, n: int | None) -> Tree:
-        draws = self.total.draws(generator, n)
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
+        draws = self.total._sample(generator, n)
         return tree_map(lambda x: x + self.shift.sqrt() * normal(x, generator, None), draws)
 
 
@@ -182,6 +184,6 @@ def inverse(operator: Sum | DampedSum, terms: tuple[Operator, ...], shift: Tenso
     direct = direct_inverse(terms, shift, damped=damped)
     if direct is not None:
         return direct
-    if operator.size <= MAX_DENSE:
-        return operator.dense().raised(-1, damped=damped)
+    if operator.domain.size <= MAX_DENSE:
+        return operator.dense()._power(-1, damped=damped)
     return SolvedInverse(operator, rough_inverse(terms, shift, damped=damped))

@@ -175,13 +175,13 @@ def truncation_report(curv: Operator, truncated: Operator) -> TruncationReport:
         all                             2000          264    7.6
     """
     before, after = curv.blocks, truncated.blocks
-    if list(before) != list(after) or any(before[name].shapes != after[name].shapes for name in before):
+    if list(before) != list(after) or any(before[name].domain.shapes != after[name].domain.shapes for name in before):
         raise ArgumentError(f"the operators have different blocks: {list(before)} and {list(after)}")
     blocks = []
     for name, block in after.items():
         matrices = sides(block)
         ranks, widths = zip(*matrices, strict=True) if matrices else ((), ())
-        blocks.append(BlockTruncation(name, block.shapes[0], ranks, widths, size(before[name]), size(block)))
+        blocks.append(BlockTruncation(name, block.domain.shapes[0], ranks, widths, size(before[name]), size(block)))
     return TruncationReport(tuple(blocks))
 
 

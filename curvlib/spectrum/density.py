@@ -202,7 +202,7 @@ def estimate(
     progress: bool,
 ) -> Density:
     """The density of one operator."""
-    steps = min(steps, operator.size)
+    steps = min(steps, operator.domain.size)
     rules = []
     with flattened(operator, like, products=steps * probes, label="spectral density", progress=progress) as flat:
         for first in range(0, probes, batch_size):
@@ -210,4 +210,4 @@ def estimate(
             diagonal, off, _ = lanczos(flat.matmat, start, steps=steps, generator=generator)
             rules.append(quadrature(diagonal, off))
     nodes, weights = (torch.cat(parts) for parts in zip(*rules, strict=True))
-    return Density(nodes, weights, operator.size)
+    return Density(nodes, weights, operator.domain.size)

@@ -157,10 +157,10 @@ def top_eigenvalues(
     generator = chosen(generator)
 
     def leading(operator: Operator, count: int, like: Tree | None) -> Eigenpairs:
-        width = min(count if block_size is None else block_size, operator.size)
-        room = min(max(40, count + 4 * width) if basis_size is None else basis_size, operator.size)
+        width = min(count if block_size is None else block_size, operator.domain.size)
+        room = min(max(40, count + 4 * width) if basis_size is None else basis_size, operator.domain.size)
         at_least(1, block_size=width)
-        at_least(min(operator.size, count + 2 * width), basis_size=room)
+        at_least(min(operator.domain.size, count + 2 * width), basis_size=room)
         with flattened(operator, like, products=0, label="leading eigenvalues", progress=progress) as flat:
             values, rows, residuals = block_lanczos(
                 flat.matmat,
@@ -175,13 +175,13 @@ def top_eigenvalues(
             return Eigenpairs(values, residuals, flat.unravel(rows) if vectors else None)
 
     if not per_block:
-        if k > operator.size:
-            raise ArgumentError(f"the operator has {operator.size} rows, which is less than k={k} eigenvalues")
+        if k > operator.domain.size:
+            raise ArgumentError(f"the operator has {operator.domain.size} rows, which is less than k={k} eigenvalues")
         return leading(operator, k, like)
     found = {}
     for name, block in operator.blocks.items():
         with naming(name):
-            found[name] = leading(block, min(k, block.size), None)
+            found[name] = leading(block, min(k, block.domain.size), None)
     return found
 
 

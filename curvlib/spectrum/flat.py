@@ -15,7 +15,6 @@ from tqdm import tqdm
 from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError
 from curvlib.operators import Operator
-from curvlib.operators.lazy import domain_of
 from curvlib.pytree import Domain, Tree, flatten, unravel
 
 
@@ -33,7 +32,7 @@ class Flat:
     @property
     def size(self) -> int:
         """The number D of rows."""
-        return self.operator.size
+        return self.operator.domain.size
 
     def unravel(self, rows: Tensor) -> Tree:
         """Rows [m, D] as m vectors of the domain, stacked along a leading axis of every leaf."""
@@ -69,9 +68,9 @@ def flattened(operator: Operator, like: Tree | None, *, products: int, label: st
         ArgumentError: the operator does not say what its vectors are and ``like`` is missing, or they do not fit.
     """
     check_operator(operator)
-    domain = domain_of(operator) if like is None else Domain.of(like)
-    if domain.shapes != operator.shapes:
-        raise ArgumentError(f"like has leaves of shapes {domain.shapes}, the operator's are {operator.shapes}")
+    domain = operator.domain if like is None else Domain.of(like)
+    if domain.shapes != operator.domain.shapes:
+        raise ArgumentError(f"like has leaves of shapes {domain.shapes}, the operator's are {operator.domain.shapes}")
     leaves = flatten(operator if like is None else like)[0]
     first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point)
     dtype = torch.promote_types(first.dtype, torch.float32)

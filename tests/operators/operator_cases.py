@@ -240,7 +240,7 @@ def sum_block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: 
 
 def tensor_case(built: Block) -> Case:
     operator, dense, sides = built
-    like = torch.zeros(operator.shapes[0], dtype=torch.float64)
+    like = torch.zeros(operator.domain.shapes[0], dtype=torch.float64)
     return Case(operator, dense, (Part(torch.arange(len(dense)), sides),), like)
 
 
@@ -270,7 +270,7 @@ def solved_inverse(draw: Draw, shape: tuple[int, ...], random: Random) -> Case:
     rough = tensor_case(kronecker_block(draw, shape, random, FACTORS)).operator
     # a relative residual of 1e-8 is an error of that times the condition number
     tolerance = 1e-8 * float(torch.linalg.cond(total.dense))
-    inverse = SolvedInverse(total.operator, rough.raised(-1, damped=False))
+    inverse = SolvedInverse(total.operator, rough._power(-1, damped=False))
     return whole(inverse, torch.linalg.inv(total.dense), total.like, tolerance)
 
 

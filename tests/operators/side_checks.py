@@ -44,7 +44,7 @@ def products_are_the_twins(case: Case) -> None:
     stack = case.vector(stacked=3)
     assert_close(flat(case.operator.matmat(stack), stacked=True), flat(stack, stacked=True) @ case.dense)
     assert_close((2.0 * case.operator).to_dense(), 2 * case.dense)
-    total = case.operator + case.operator.scaled(3.0)
+    total = case.operator + 3.0 * case.operator
     assert_close(flat(total @ case.vector()), 4 * case.dense @ flat(case.vector()))
     assert_number(total.frobenius_norm(), 4 * case.dense.norm())
 

@@ -198,7 +198,7 @@ def every_operation(curv: Operator, v: Tensor) -> None:
     few = sketch(v, rank=5)
     for damping in (0.1, FactoredTikhonov(0.1), RelativeTikhonov(0.1)):
         damped = curv.damp(damping)
-        for operator in (damped, damped.raised(-1, damped=True), damped.raised(-0.5, damped=True)):
+        for operator in (damped, damped._power(-1, damped=True), damped._power(-0.5, damped=True)):
             operator @ v, operator.diag(), operator.trace(), operator.logdet(), operator.frobenius_norm()
             operator.sample(generator(0)), operator.eigenvalues(), operator.map_eigenvalues(torch.exp)
     curv.power(-0.5, FactoredTikhonov(0.1)).project(few)(v)
@@ -225,7 +225,7 @@ def test_no_method_makes_a_matrix_as_large_as_a_wide_side() -> None:
                 for inverse in (total.inverse(), damped.inverse(), total.inverse(0.1)):
                     inverse @ v
         merge_factors(products[0], products[1]).inverse(0.1) @ v
-        first.inner(second.inverse()), first.inverse().inner(frequencies.eigen()), first.plus(frequencies)
+        first.inner(second.inverse()), first.inverse().inner(frequencies.eigen()), first._add(frequencies)
     assert largest.numel <= 2 * width * size  # a square has seven times as many entries
 
 

@@ -160,7 +160,7 @@ def test_a_tensor_has_the_algebra_of_a_matrix() -> None:
     corrected = curv.damp(0.1)
     assert isinstance(corrected, EigenKronecker)
     dense = torch.kron(torch.kron(factors[0], factors[1]), factors[2]) + 0.1 * torch.eye(24, dtype=torch.float64)
-    assert_close(corrected.raised(-1, damped=True).to_dense(), torch.linalg.inv(dense))
+    assert_close(corrected._power(-1, damped=True).to_dense(), torch.linalg.inv(dense))
     assert_close(corrected.diag().flatten(), dense.diagonal())
 
 
@@ -188,7 +188,7 @@ def test_the_square_of_the_width_is_never_formed() -> None:
         curv.power(-0.5) @ v, curv.inverse(0.1) @ v, curv.inverse(0.1).diag(), curv.diag()
         curv.eigenvalues(), curv.logdet(), curv.frobenius_norm(), curv.quadratic(v)
         curv.sample(generator(0), 2), curv.right.eigen().basis.rows(torch.tensor([0, 2879]), v)
-        (curv + curv.scaled(2.0)).frobenius_norm()
+        (curv + 2.0 * curv).frobenius_norm()
     assert largest.numel <= 3 * 3 * 2880
 
 

@@ -149,10 +149,10 @@ def test_as_many_products_as_the_sum_has_are_exact() -> None:
 @given(data=st.data(), terms=st.integers(1, 3))
 def test_a_kronecker_eigenbasis_is_kept(data: st.DataObject, terms: int) -> None:
     case = data.draw(cases("eigen kronecker"))
-    if len(case.operator.shapes[0]) > 2:
+    if len(case.operator.domain.shapes[0]) > 2:
         return
     nearest = nearest_kronecker(case.operator, terms=terms)
-    expected = best_error(case.dense, *case.operator.shapes[0], terms)
+    expected = best_error(case.dense, *case.operator.domain.shapes[0], terms)
     assert abs(distance(nearest, case.dense) - expected) <= 1e-8 * float(case.dense.norm())
 
 
@@ -217,7 +217,7 @@ def test_sweeps_agree_with_the_dense_decomposition(shape: tuple[int, int], terms
 def test_every_group_has_its_own_nearest_product() -> None:
     operator, dense = mixed((2, 4, 3))
     nearest = nearest_kronecker(operator)
-    assert nearest.shapes == operator.shapes
+    assert nearest.domain.shapes == operator.domain.shapes
     groups = [dense[i * 12 : (i + 1) * 12, i * 12 : (i + 1) * 12] for i in range(2)]
     expected = sum(best_error(group, 4, 3) ** 2 for group in groups) ** 0.5
     assert abs(distance(nearest, dense) - expected) <= 1e-8 * float(dense.norm())
@@ -225,14 +225,14 @@ def test_every_group_has_its_own_nearest_product() -> None:
 
 def test_a_sweep_applies_the_operator_to_few_vectors_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[int] = []
-    apply = Sum.apply
+    apply = Sum._apply
 
     def counted(self: Sum, vectors: Tensor, leading: int) -> Tensor:
         stacks.append(len(vectors))
         return apply(self, vectors, leading)
 
     operator, _ = mixed((8, 3))
-    monkeypatch.setattr(Sum, "apply", counted)
+    monkeypatch.setattr(Sum, "_apply", counted)
     monkeypatch.setattr(Sum, "to_dense", None)
     nearest_kronecker(operator)
     assert set(stacks) == {3}

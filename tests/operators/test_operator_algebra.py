@@ -37,7 +37,7 @@ exponents = st.sampled_from([-2, -1, -0.5, 0.25, 0.5, 1, 1.5, 2])
 def test_to_dense_is_the_twin(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
     assert_close(case.operator.to_dense(), case.dense)
-    assert case.operator.size == len(case.dense)
+    assert case.operator.domain.size == len(case.dense)
 
 
 @every_kind
@@ -243,9 +243,9 @@ def test_parameters_and_blocks_name_each_other(kind: str, data: st.DataObject) -
     operator = data.draw(cases(kind)).operator
     holders = {name for names in operator.parameters.values() for name in names}
     assert holders == set(operator.blocks)
-    assert len(operator.parameters) == len(operator.shapes)
+    assert len(operator.parameters) == len(operator.domain.shapes)
     if kind == "block diagonal":
-        assert sum(block.size for block in operator.blocks.values()) == operator.size
+        assert sum(block.domain.size for block in operator.blocks.values()) == operator.domain.size
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

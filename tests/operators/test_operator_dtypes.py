@@ -145,7 +145,7 @@ def test_products_are_right_to_the_rounding_of_the_wider_dtype(
 def test_each_leaf_comes_back_in_its_own_dtype(kind: str, data: st.DataObject, dtype: torch.dtype) -> None:
     case = data.draw(cases(kind))
     operator = case.operator.to(dtype=dtype)
-    own = [data.draw(dtypes) for _ in operator.shapes]
+    own = [data.draw(dtypes) for _ in operator.domain.shapes]
     leaves, structure = optree.tree_flatten(case.vector())
     v = structure.unflatten([leaf.to(d) for leaf, d in zip(leaves, own, strict=True)])
     wide = cv.operators.vectors.widest([dtype, *own])
@@ -166,13 +166,13 @@ def test_what_needs_no_vector_has_the_operators_dtype(kind: str, dtype: torch.dt
     operator = data.draw(any_case(kind)).operator.to(dtype=dtype)
     precise = torch.promote_types(dtype, torch.float32)
     assert operator.dtype == dtype
-    assert leaf_dtypes(operator.sample(generator(0))) == [dtype] * len(operator.shapes)
-    assert leaf_dtypes(operator.sample(generator(0), n=2)) == [dtype] * len(operator.shapes)
+    assert leaf_dtypes(operator.sample(generator(0))) == [dtype] * len(operator.domain.shapes)
+    assert leaf_dtypes(operator.sample(generator(0), n=2)) == [dtype] * len(operator.domain.shapes)
     assert operator.eigenvalues().dtype == operator.logdet().dtype == precise
     assert operator.inverse(0.3).dtype == operator.power(0.5).dtype == precise
     assert operator.inverse(0.3).to_dense().dtype == precise
     if kind != "solved inverse":
-        assert leaf_dtypes(operator.diag()) == [dtype] * len(operator.shapes)
+        assert leaf_dtypes(operator.diag()) == [dtype] * len(operator.domain.shapes)
         assert operator.to_dense().dtype == operator.trace().dtype == dtype
         error = (operator.trace().double() - in_double(operator).trace()).abs()
         assert float(error) <= 32 * torch.finfo(dtype).eps * float(in_double(operator).trace())

@@ -70,7 +70,7 @@ def test_every_error_is_a_curvlib_error_and_the_built_in_one_that_fits() -> None
 
 def curvature(**blocks: Operator) -> BlockDiagonal:
     """Operators on tensors of their own, under these names."""
-    like = {name: torch.zeros(block.shapes[0]) for name, block in blocks.items()}
+    like = {name: torch.zeros(block.domain.shapes[0]) for name, block in blocks.items()}
     ordered = sorted(blocks)
     places = tuple((name, Layout((Region.whole(i, like[name].shape),))) for i, name in enumerate(ordered))
     return BlockDiagonal(dict(blocks), places, Domain.of(like))

@@ -121,7 +121,7 @@ def test_groups_are_projected_one_by_one(kind: str) -> None:
 
 
 def network(**blocks: Operator) -> tuple[BlockDiagonal, Any]:
-    params = {name: torch.zeros(block.shapes[0], dtype=torch.float64) for name, block in blocks.items()}
+    params = {name: torch.zeros(block.domain.shapes[0], dtype=torch.float64) for name, block in blocks.items()}
     places = tuple((name, Layout((Region.whole(i, params[name].shape),))) for i, name in enumerate(sorted(blocks)))
     return BlockDiagonal(dict(blocks), places, Domain.of(params)), params
 

@@ -63,9 +63,9 @@ def test_a_sum_with_another_curvature_of_the_same_domain_is_exact(kind: str, dat
 @given(data=st.data())
 def test_adding_a_scaled_identity_is_damping(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
-    if len(case.operator.shapes) > 1:
+    if len(case.operator.domain.shapes) > 1:
         return
-    identity = ScaledIdentity(torch.tensor(0.7, dtype=torch.float64), case.operator.shapes[0])
+    identity = ScaledIdentity(torch.tensor(0.7, dtype=torch.float64), case.operator.domain.shapes[0])
     for total in (case.operator + identity, identity + case.operator):
         assert_close(total.to_dense(), case.damped(0.7))
 
@@ -232,5 +232,5 @@ def test_operators_on_different_vectors_are_not_added(a: Operator, b: Operator) 
     for first, second in ((a, b), (b, a)):
         with pytest.raises(CurvlibError) as caught:
             first + second
-        assert str(first.shapes[0]) in str(caught.value)
-        assert str(second.shapes[0]) in str(caught.value)
+        assert str(first.domain.shapes[0]) in str(caught.value)
+        assert str(second.domain.shapes[0]) in str(caught.value)

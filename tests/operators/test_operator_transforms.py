@@ -185,7 +185,7 @@ def test_to_moves_every_tensor_to_a_device(kind: str, data: st.DataObject) -> No
     product = moved @ optree.tree_map(lambda x: x.to("meta"), case.vector())
     leaves = optree.tree_leaves(product)
     assert {leaf.device.type for leaf in leaves} == {"meta"}
-    assert [tuple(leaf.shape) for leaf in leaves] == list(moved.shapes)
+    assert [tuple(leaf.shape) for leaf in leaves] == list(moved.domain.shapes)
 
 
 @every_kind

@@ -49,7 +49,7 @@ def test_conjugate_gradients_reach_the_stated_residual(data: st.DataObject, coun
     total, dense = products(data, count)
     with big():
         inverse = total.inverse(damping)
-    v = Random(generator(2)).normal(3, *total.shapes[0])
+    v = Random(generator(2)).normal(3, *total.domain.shapes[0])
     shifted = dense + damping * eye(dense)
     residual = v.reshape(3, -1) - inverse.matmat(v).reshape(3, -1) @ shifted
     assert bool((residual.norm(dim=1) <= 1.01e-8 * v.reshape(3, -1).norm(dim=1)).all())
@@ -59,7 +59,7 @@ def applications(operator: Operator, v: Tensor) -> int:
     """How many products with each vector an inverse takes."""
     assert isinstance(operator, SolvedInverse)
     with mock.patch.object(
-        type(operator.operator), "apply", autospec=True, side_effect=type(operator.operator).apply
+        type(operator.operator), "_apply", autospec=True, side_effect=type(operator.operator)._apply
     ) as count:
         operator @ v
     return int(count.call_count)
@@ -74,7 +74,7 @@ def decaying(width: int, seed: int) -> Dense:
 def test_two_damped_products_take_few_iterations(relative: float, most: int) -> None:
     total = Kronecker(decaying(24, 0), decaying(20, 1)) + Kronecker(decaying(24, 2), decaying(20, 3))
     with big():
-        inverse = total.inverse(relative * float(total.trace()) / total.size)
+        inverse = total.inverse(relative * float(total.trace()) / total.domain.size)
     assert applications(inverse, Random(generator(4)).normal(24, 20)) <= most
 
 
@@ -115,7 +115,7 @@ def test_sums_of_other_operators_are_solved_too(name: str, damping: float) -> No
     total = other_sums()[name]
     with big():
         inverse = total.inverse(damping)
-    v = Random(generator(3)).normal(*total.shapes[0])
+    v = Random(generator(3)).normal(*total.domain.shapes[0])
     dense = total.to_dense() + damping * eye(total.to_dense())
     assert relative_error(dense @ (inverse @ v).reshape(-1), v.reshape(-1)) <= 1.01e-8
 

@@ -89,7 +89,7 @@ def test_the_trace_is_exact(kind: str, data: st.DataObject, rank: int) -> None:
     case = data.draw(cases(kind))
     for truncated in (case.operator.truncate(rank=rank), case.operator.truncate(energy=0.7)):
         assert_number(truncated.trace(), case.dense.trace())
-        assert truncated.shapes == case.operator.shapes
+        assert truncated.domain.shapes == case.operator.domain.shapes
         assert_number(truncated.to_dense().trace(), case.dense.trace())
 
 
@@ -98,7 +98,7 @@ def test_the_trace_is_exact(kind: str, data: st.DataObject, rank: int) -> None:
 @given(data=st.data())
 def test_a_rank_as_large_as_every_side_changes_nothing(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
-    for truncated in (case.operator.truncate(rank=case.operator.size), case.operator.truncate(energy=1.0)):
+    for truncated in (case.operator.truncate(rank=case.operator.domain.size), case.operator.truncate(energy=1.0)):
         assert_close(truncated.to_dense(), case.dense)
         v = case.vector()
         assert_close(flat(truncated @ v), case.dense @ flat(v))
