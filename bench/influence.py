@@ -128,7 +128,7 @@ def iterated_ggn(problem: Problem) -> Tensor:
     strength = mean_damping(problem)
     rough = ekfac(model_fn, params, problem.train).inverse(strength)
     curv = cv.ggn(model_fn, params, problem.train)
-    return problem.scores(curv.inverse(strength, preconditioner=rough, tolerance=0.1))
+    return problem.scores(curv.inverse(strength, solver=cv.CG(rough, tolerance=0.1)))
 
 
 def sketched(problem: Problem, estimate: Estimate, damping: Any, compressor: Callable[[Any], Any]) -> Tensor:

@@ -22,7 +22,6 @@ from curvlib.estimators import (
     kl_shampoo,
     over,
     shampoo,
-    solve,
     tkfac,
 )
 from curvlib.functional import functional
@@ -30,7 +29,9 @@ from curvlib.io import load, save
 from curvlib.layers.wide import WideBlocks, WideDiagonal, WideIdentity, WideLowRank
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
 from curvlib.operators import (
+    CG,
     BlockDiagonal,
+    Cholesky,
     Dense,
     DenseBlocks,
     Diagonal,
@@ -51,8 +52,10 @@ from curvlib.operators import (
     merge_factors,
     nearest_kronecker,
     sketch,
+    solve,
     truncation_report,
 )
+from curvlib.operators.solvers import Eigen
 from curvlib.optim import apply_updates
 from curvlib.pytree import ravel, unravel
 from curvlib.spectrum import low_rank
@@ -62,11 +65,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BernoulliLogits",
     "BlockDiagonal",
+    "CG",
+    "Cholesky",
     "CrossEntropy",
     "CustomLoss",
     "Dense",
     "DenseBlocks",
     "Diagonal",
+    "Eigen",
     "EigenKronecker",
     "EigenSketch",
     "FactoredTikhonov",

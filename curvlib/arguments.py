@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from curvlib.errors import ArgumentError, DeviceError, PytreeError
 from curvlib.functional import Functional
-from curvlib.operators.base import Operator
 from curvlib.pytree import Domain, Tree, flatten, names
 
 WRITE = "write model_fn, params = cv.functional(module)"
@@ -76,16 +75,3 @@ def check_grads(grads: Tree) -> None:
 def is_module_or_iterator(tree: Any) -> bool:
     """Whether something holds parameters, but is no pytree."""
     return isinstance(tree, nn.Module) or hasattr(tree, "__next__")
-
-
-def check_operator(operator: Any) -> None:
-    """Refuses what is no operator.
-
-    Raises:
-        ArgumentError: says how to make one.
-    """
-    if not isinstance(operator, Operator):
-        raise ArgumentError(
-            f"operator must be a curvature, such as cv.ggn(model_fn, params, batch, loss=loss), got a "
-            f"{type(operator).__name__}; for a matrix write cv.Dense(matrix)"
-        )

@@ -75,6 +75,12 @@ class ArgumentError(CurvlibError, ValueError):
     """An argument has a value that is not one of the documented ones."""
 
 
+class BlockNameError(CurvlibError, KeyError):
+    """An operator has no block of this name."""
+
+    __str__ = Exception.__str__  # a KeyError would quote its message
+
+
 class FormatError(CurvlibError, ValueError):
     """A file does not hold a curvature object that can be read, or an object cannot be stored in one."""
 

@@ -202,6 +202,18 @@ class Domain:
         """The pytree made of these leaves."""
         return unflatten(self.structure, leaves)
 
+    def rows(self, tree: Tree, leading: int = 1) -> Tensor:
+        """Vectors that are stacked along ``leading`` axes as rows [k, D], each in the order of `ravel`."""
+        leaves = self.leaves(tree, leading)
+        number = math.prod(leaves[0].shape[:leading])
+        return torch.cat([leaf.reshape(number, math.prod(s)) for leaf, s in zip(leaves, self.shapes, strict=True)], 1)
+
+    def stacked(self, rows: Tensor, front: Sequence[int] | None = None) -> Tree:
+        """The inverse of `rows`: vectors stacked along axes ``front``, by default one of k."""
+        front = (len(rows),) if front is None else front
+        parts = rows.split([math.prod(shape) for shape in self.shapes], 1)
+        return self.tree([part.reshape(*front, *s) for part, s in zip(parts, self.shapes, strict=True)])
+
 
 # --- frozen dataclasses as pytree nodes -------------------------------------------------------------------------
 
@@ -244,7 +256,7 @@ def register(cls: type[T]) -> type[T]:
         >>> flatten(Pair(torch.ones(1), "x"))[0]
         [tensor([1.])]
     """
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     child_names = tuple(f.name for f in fields if not f.metadata.get("static"))
     static_names = tuple(f.name for f in fields if f.metadata.get("static"))

@@ -19,8 +19,8 @@ EXACT = 1e-10
 MAKERS: dict[str, Callable[..., Any]] = {
     "ggn": ggn,
     "hessian": hessian,
-    "empirical": lambda *a, **o: fisher(*a, kind="empirical", **o),
-    "mc": lambda *a, **o: fisher(*a, kind="mc", **o),
+    "empirical": lambda *a, **o: fisher(*a, fisher="empirical", **o),
+    "mc": lambda *a, **o: fisher(*a, fisher="mc", **o),
     "gramian": gramian,
     "jacobian": lambda f, p, batch, **o: jacobian(f, p, batch[0], **o),
 }

@@ -120,7 +120,7 @@ def test_a_data_set_gives_what_one_batch_gives(reduction: str, seed: int) -> Non
 def test_it_draws_what_the_matrix_free_fisher_draws() -> None:
     case = problem(nn.Linear(3, 2), normal(1, 5, 3), "cross-entropy", "mean")
     arguments = (case.model_fn, case.params, case.batch)
-    curv = matrix_free_fisher(*arguments, kind="mc", mc_samples=2, generator=generator(9))
+    curv = matrix_free_fisher(*arguments, fisher="mc", mc_samples=2, generator=generator(9))
     result = diagonal(*arguments, fisher="mc", mc_samples=2, generator=generator(9))
     assert_close(result, curv.to_dense().diagonal())
 

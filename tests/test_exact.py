@@ -76,7 +76,7 @@ def test_ggn_and_type_2_fisher_are_the_ggn(kind: str, reduction: str, seed: int)
     case = mlp(kind, reduction, seed)
     loss = case.kind.loss(reduction)
     assert_close(ggn(case.model_fn, case.params, case.batch, loss=loss).to_dense(), case.ggn())
-    assert_close(fisher(case.model_fn, case.params, case.batch, loss=loss, kind="type-2").to_dense(), case.ggn())
+    assert_close(fisher(case.model_fn, case.params, case.batch, loss=loss, fisher="type-2").to_dense(), case.ggn())
 
 
 @few
@@ -91,7 +91,7 @@ def test_hessian_is_the_hessian(kind: str, reduction: str, seed: int) -> None:
 @given(kind=every_kind, reduction=reductions, seed=seeds)
 def test_empirical_fisher_is_the_second_moment_of_the_gradients(kind: str, reduction: str, seed: int) -> None:
     case = mlp(kind, reduction, seed)
-    curv = fisher(case.model_fn, case.params, case.batch, loss=case.kind.loss(reduction), kind="empirical")
+    curv = fisher(case.model_fn, case.params, case.batch, loss=case.kind.loss(reduction), fisher="empirical")
     assert_close(curv.to_dense(), case.empirical_fisher())
 
 
@@ -310,8 +310,8 @@ def test_wrong_arguments_are_refused_when_the_operator_is_made() -> None:
             make(case.model_fn, case.params, (inputs, targets[:3]))
         with pytest.raises(ArgumentError, match="mode"):
             make(case.model_fn, case.params, case.batch, mode="backward")
-    with pytest.raises(ArgumentError, match="kind"):
-        fisher(case.model_fn, case.params, case.batch, kind="forward-only")
+    with pytest.raises(ArgumentError, match="fisher"):
+        fisher(case.model_fn, case.params, case.batch, fisher="forward-only")
     with pytest.raises(PytreeError):
         ggn(case.model_fn, case.params, case.batch) @ {"w": torch.zeros(3)}
 

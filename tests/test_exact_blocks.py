@@ -27,7 +27,7 @@ def mlp(loss: str = "cross-entropy") -> Any:
 
 
 def empirical(model_fn: Any, params: Any, batch: Any) -> cv.MatrixFree:
-    return cv.fisher(model_fn, params, batch, kind="empirical")
+    return cv.fisher(model_fn, params, batch, fisher="empirical")
 
 
 KINDS: dict[str, Callable[..., Any]] = {

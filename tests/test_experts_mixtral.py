@@ -88,7 +88,7 @@ def test_exact_operators_go_through_routed_experts(mix: Callable[..., Tensor], m
         "ggn": (cv.ggn(found.model_fn, found.params, found.batch, mode=mode), found.ggn()),
         "hessian": (cv.hessian(found.model_fn, found.params, found.batch, mode=mode), hessian(found)),
         "fisher": (
-            cv.fisher(found.model_fn, found.params, found.batch, kind="type-2", mode=mode),
+            cv.fisher(found.model_fn, found.params, found.batch, fisher="type-2", mode=mode),
             found.ggn(),
         ),
     }

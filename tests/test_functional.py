@@ -90,7 +90,7 @@ def test_a_model_of_keywords_and_several_outputs(container: str, more: dict[str,
     inputs = CONTAINERS[container]({**encoding(), **more})
     batch = inputs, LABELS
     expected = truth(module, encoding(), params)
-    torch.testing.assert_close(cv.fisher(model_fn, params, batch, kind="empirical").to_dense(), expected)
+    torch.testing.assert_close(cv.fisher(model_fn, params, batch, fisher="empirical").to_dense(), expected)
     torch.testing.assert_close(cv.ekfac(model_fn, params, batch, fisher="empirical").trace(), expected.trace())
     diagonal = cv.diagonal(model_fn, params, batch, fisher="empirical").diag()
     torch.testing.assert_close(cv.ravel(diagonal), expected.diagonal())
@@ -99,7 +99,7 @@ def test_a_model_of_keywords_and_several_outputs(container: str, more: dict[str,
         return CONTAINERS[container]({key: x[start:stop] for key, x in {**encoding(), **more}.items()})
 
     parts = [(rows(0, 2), LABELS[0:2]), (rows(2, 5), LABELS[2:5])]
-    over = cv.fisher(model_fn, params, cv.over(parts), kind="empirical").to_dense()
+    over = cv.fisher(model_fn, params, cv.over(parts), fisher="empirical").to_dense()
     torch.testing.assert_close(over, expected)
     scores = cv.influence.self_influence(lambda v: v, model_fn, params, batch)
     torch.testing.assert_close(scores.sum() / EXAMPLES, expected.trace())

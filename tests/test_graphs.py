@@ -55,7 +55,7 @@ for mode in ("forward", "reverse"):
         )
     for kind in ("mc", "empirical", "type-2"):
         MATRIX_FREE[f"{kind} fisher, {mode}"] = lambda *given, kind=kind, mode=mode: cv.fisher(
-            *given, kind=kind, mode=mode, **mse
+            *given, fisher=kind, mode=mode, **mse
         )
     MATRIX_FREE[f"gramian, {mode}"] = lambda *given, mode=mode: cv.gramian(*given, mode=mode)
 

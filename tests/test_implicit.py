@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import curvlib as cv
 from curvlib.errors import ArgumentError, ConvergenceError, ShapeError
-from curvlib.estimators import ImplicitInverse, ggn, hessian, jacobian, solve
+from curvlib.estimators import ggn, hessian, jacobian
+from curvlib.operators import Inverse, solve
 
 EXACT = 1e-10
 
@@ -98,7 +99,7 @@ def test_the_inverse_solves_systems() -> None:
     damped = curv.to_dense() + 0.1 * identity(curv.domain.size)
     inverse = curv.inverse(0.1)
     v = {name: normal(3, *leaf.shape) for name, leaf in case.params.items()}
-    assert isinstance(inverse, ImplicitInverse)
+    assert isinstance(inverse, Inverse)
     assert_close(damped @ cv.ravel(inverse @ v), cv.ravel(v), 1e-7)
     assert_close(inverse.to_dense(), damped.inverse(), 1e-7)
     assert_close((2 * inverse).to_dense(), 2 * damped.inverse(), 1e-7)
@@ -121,7 +122,7 @@ def test_stacked_systems_are_solved_together(preconditioned: bool) -> None:
     curv = ggn(counted, case.params, case.batch)
     damped = curv.to_dense() + 0.1 * identity(curv.domain.size)
     rough = cv.kfac(case.model_fn, case.params, case.batch).inverse(0.1) if preconditioned else None
-    inverse = curv.inverse(0.1, preconditioner=rough, tolerance=1e-11)
+    inverse = curv.inverse(0.1, solver=cv.CG(rough, tolerance=1e-11))
     sizes = torch.tensor([1.0, 1e-6, 0.0, 1e6], dtype=torch.float64)
     vectors = {
         name: torch.einsum("k,k...->k...", sizes, normal(3, 4, *leaf.shape)) for name, leaf in case.params.items()
@@ -150,7 +151,7 @@ def test_a_system_that_is_not_solved_is_an_error() -> None:
         with pytest.raises(ArgumentError, match="must be positive"):
             solve(curv.damp(0.1), case.params, **options)
         with pytest.raises(ArgumentError, match="must be positive"):
-            curv.inverse(0.1, **options)
+            curv.inverse(0.1, solver=cv.CG(**options))
 
 
 def test_a_large_operator_says_what_to_use_where_it_would_need_its_entries() -> None:

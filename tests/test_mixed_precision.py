@@ -169,7 +169,7 @@ ROUNDED: dict[str, Callable[..., Operator]] = {
     "shampoo of the batch": lambda *problem: cv.shampoo(*problem, **mean),
     "dykaf of the batch": lambda *problem: cv.dykaf(*problem, **mean),
     "ggn": lambda *problem: cv.ggn(*problem, **mean),
-    "fisher": lambda *problem: cv.fisher(*problem, kind="empirical", **mean),
+    "fisher": lambda *problem: cv.fisher(*problem, fisher="empirical", **mean),
     "hessian": lambda *problem: cv.hessian(*problem, **mean),
 }
 
@@ -306,7 +306,7 @@ def test_systems_with_preconditioners_of_other_dtypes_are_solved(
     v = {key: torch.randn_like(leaf).to(dtype) for key, leaf in params.items()}
     truth = torch.linalg.solve(curv.to_dense().double() + 0.1 * torch.eye(23).double(), cv.ravel(v).double())
     for x in (
-        curv.inverse(0.1, preconditioner=rough, tolerance=1e-6) @ v,
+        curv.inverse(0.1, solver=cv.CG(rough, tolerance=1e-6)) @ v,
         cv.solve(curv.damp(0.1), v, preconditioner=rough, tolerance=1e-6),
         cv.solve(0.0 * cv.kfac(model_fn, params, batch, **mean) + curv.damp(0.1), v, tolerance=1e-6),
     ):

@@ -115,5 +115,5 @@ def test_the_trace_of_ekfac_is_exact_with_low_rank_sides(fisher: str) -> None:
         return (x @ p["v"]).tanh() @ p["w"]
 
     curv = cv.ekfac(model_fn, params, batch, fisher=fisher, wide=cv.WideLowRank(4, above=32))
-    exact = cv.fisher(model_fn, params, batch, kind=fisher)
+    exact = cv.fisher(model_fn, params, batch, fisher=fisher)
     torch.testing.assert_close(curv.trace(), exact.trace(), rtol=1e-10, atol=0)

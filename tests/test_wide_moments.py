@@ -185,7 +185,7 @@ def test_tkfac_keeps_what_it_says(model: str, fisher: str, sizes: tuple[int, ...
 def test_every_choice_keeps_tkfacs_trace(model: str, fisher: str, choice: str) -> None:
     case = case_of(model)
     loss = case.kind.loss(case.reduction)
-    truth = cv.fisher(case.model_fn, case.params, case.batch, loss=loss, kind=fisher).diag()
+    truth = cv.fisher(case.model_fn, case.params, case.batch, loss=loss, fisher=fisher).diag()
     wide = CHOICES[choice](2)
     curv = cv.tkfac(case.model_fn, case.params, case.batch, loss=loss, fisher=fisher, wide=wide)
     layouts = dict(curv.layouts)

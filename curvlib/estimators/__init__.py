@@ -6,7 +6,6 @@ from curvlib.estimators.dykaf import DyKAF, dykaf
 from curvlib.estimators.ekfac import eigenvalue_correct, ekfac, tkfac
 from curvlib.estimators.exact import MatrixFree, fisher, ggn, gramian, hessian
 from curvlib.estimators.exact_blocks import block_diagonal
-from curvlib.estimators.implicit import Implicit, ImplicitInverse, ImplicitSum, solve
 from curvlib.estimators.jacobian import Jacobian, TransposedJacobian, jacobian
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.kl_shampoo import KLShampoo, kl_shampoo
@@ -23,10 +22,6 @@ __all__ = [
     "ggn",
     "gramian",
     "hessian",
-    "Implicit",
-    "ImplicitInverse",
-    "ImplicitSum",
-    "solve",
     "Jacobian",
     "TransposedJacobian",
     "jacobian",

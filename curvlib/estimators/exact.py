@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,22 +24,25 @@ from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, NonFiniteError
 from curvlib.estimators.data import Batch, DataSet, batches, check_order
-from curvlib.estimators.implicit import Implicit
 from curvlib.estimators.kinds import Draws, How, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
+from curvlib.estimators.linearization import Mode
 from curvlib.estimators.running import LeafFn, Leaves, Running, twice_differentiable
 from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, cut, detached
 from curvlib.estimators.trial import Case, settle
 from curvlib.linalg.eager import differentiable, is_eager, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss
+from curvlib.operators.implicit import Implicit
+from curvlib.operators.interfaces import QuadraticForm
 from curvlib.operators.vectors import at_least_single, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static
 
-KINDS = ("mc", "empirical", "type-2")
+FisherKind = Literal["mc", "empirical", "type-2"]
+Product = Callable[[LeafFn, Leaves, Any, Draws, Leaves, How], tuple[Leaves, Tensor]]
 
 
 @register
-class MatrixFree(Implicit):
+class MatrixFree(Implicit, QuadraticForm):
     """A curvature whose products are taken by automatic differentiation, batch by batch.
 
     Made by `ggn`, `hessian`, `fisher` and `gramian`.
@@ -59,7 +63,7 @@ class MatrixFree(Implicit):
     scale: Tensor
     model_fn: ModelFn = static()
     kind: Kind = static()
-    mode: str = static()
+    mode: Mode = static()
     width: int = static()
     running: Running = static(default=Running())
 
@@ -71,19 +75,25 @@ class MatrixFree(Implicit):
     def model_dtype(self) -> torch.dtype:
         return at_least_single(widest(x.dtype for x in flatten(self.params)[0]))
 
-    def cast(self, dtype: torch.dtype) -> MatrixFree:
+    def _recast(self, dtype: torch.dtype) -> MatrixFree:
         return self
 
-    @property
-    def like(self) -> Tensor:
-        return flatten(self.params)[0][0].to(self.model_dtype)
-
     def _apply(self, vectors: Tree, leading: int) -> Tree:
-        domain, params = self.domain, flatten(self.params)[0]
+        domain = self.domain
         leaves = domain.leaves(vectors, leading)
         number = math.prod(leaves[0].shape[:leading])
         if not number:
             return domain.tree([torch.zeros_like(v) for v in leaves])
+        total = self._summed(self.kind.multiply, leaves, number)
+        return domain.tree([x.to(v.dtype).reshape(v.shape) for x, v in zip(total, leaves, strict=True)])
+
+    def _quadratic(self, v: Tree) -> Tensor:
+        leaves = self.domain.leaves(v)
+        return self._summed(self.kind.form, leaves, 1)[0].to(leaves[0].dtype)
+
+    def _summed(self, product: Product, leaves: Leaves, number: int) -> Leaves:
+        """The sum of a `Kind`'s products with the vectors over the data, reduced and scaled."""
+        params = flatten(self.params)[0]
         total: Leaves = []
         normalizer = torch.zeros_like(self.scale)
         replay = self.running.replay(params, self.source.loader)
@@ -92,28 +102,21 @@ class MatrixFree(Implicit):
             stack = [ordinary(v).reshape(number, *x.shape).to(x.dtype) for v, x in pairs]
             for inputs, targets, draws in self.source.batches():
                 replay.begin()
-                fn = self.running.on_leaves(self.model_fn, domain, inputs, replay)
-                part, count = multiply(self.kind, fn, params, (targets, draws), stack, (self.mode, self.width))
+                fn = self.running.on_leaves(self.model_fn, self.domain, inputs, replay)
+                with twice_differentiable():
+                    part, count = product(fn, params, targets, draws, stack, (self.mode, self.width))
+                part = [full_precision(x) for x in part]
                 total = [a + b for a, b in zip(total, part, strict=True)] if total else part
                 normalizer = normalizer + count
                 replay.end()
             total = cut(total, leaves)
             if isinstance(self.source, Streamed):
-                check_total(domain, total, normalizer, leaves)
+                check_total(self.domain, total, normalizer, leaves)
             scale = self.scale if self.kind.reduction == "sum" else self.scale / normalizer
-            return domain.tree([(scale * x).to(v.dtype).reshape(v.shape) for x, v in zip(total, leaves, strict=True)])
+            return [scale * x for x in total]
 
     def _scale(self, factor: float | Tensor) -> MatrixFree:
         return dataclasses.replace(self, scale=factor * self.scale)
-
-
-def multiply(
-    kind: Kind, fn: LeafFn, leaves: Leaves, batch: tuple[Any, Draws], stack: Leaves, how: How
-) -> tuple[Leaves, Tensor]:
-    """One batch's unreduced curvature times k stacked vectors (leaves [k, *shape]), and the batch's normalizer."""
-    with twice_differentiable():
-        products, count = kind.multiply(fn, leaves, *batch, stack, how)
-        return [full_precision(x) for x in products], count
 
 
 def check_total(domain: Domain, total: Leaves, normalizer: Tensor, vectors: Leaves) -> None:
@@ -126,7 +129,8 @@ def check_total(domain: Domain, total: Leaves, normalizer: Tensor, vectors: Leav
         return
     check_counts(normalizer)
     if all(torch.isfinite(v.sum()) for v in vectors):
-        for name, x in zip(domain.names, total, strict=True):
+        names = domain.names if len(total) == len(domain.names) else ("v^T curv v",)
+        for name, x in zip(names, total, strict=True):
             if not torch.isfinite(x.sum()):
                 raise NonFiniteError(
                     f"the product with a finite vector is inf or nan at parameter {name!r}: inputs, outputs or the "
@@ -149,7 +153,7 @@ def matrix_free(
     params: Tree,
     batch: Batch | DataSet,
     kind: Kind,
-    mode: str | None,
+    mode: Mode | None,
     generator: torch.Generator | None = None,
 ) -> MatrixFree:
     """The operator of a kind, once trials on the (first) batch have shown how to differentiate the model."""
@@ -188,12 +192,13 @@ def ggn(
     batch: Batch | DataSet,
     *,
     loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
-    mode: str | None = None,
+    mode: Mode | None = None,
 ) -> MatrixFree:
     """The generalized Gauss-Newton matrix of the reduced objective, exact and matrix-free.
 
-    A product takes one forward pass with tangents and one backward pass; stacked vectors (`matmat`) share the forward
-    pass without tangents. Attention runs by its formula, as fused kernels cannot be differentiated twice.
+    A product takes one forward pass with tangents and one backward pass, and `quadratic` the former alone; stacked
+    vectors (`matmat`) share the forward pass without tangents. Attention runs by its formula, as fused kernels cannot
+    be differentiated twice.
 
     A derivative is that of reverse mode, on which a trial on the (first) batch checks the products; blocks without
     gradients, detached tensors and padding of embeddings have none. A model that draws random numbers (dropout in
@@ -211,7 +216,7 @@ def ggn(
 
     Returns:
         An operator on ``params``. What needs its entries or eigenvalues (`diag`, `trace`, `power`, `sample`, ...) goes
-        through the dense matrix, up to 2048 parameters; `inverse` solves by conjugate gradients (see `solve`).
+        through the dense matrix, up to 2048 parameters; `inverse` solves by conjugate gradients (see `CG`).
 
     Raises:
         TargetError: the targets do not fit the loss.
@@ -239,7 +244,7 @@ def hessian(
     batch: Batch | DataSet,
     *,
     loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
-    mode: str | None = None,
+    mode: Mode | None = None,
 ) -> MatrixFree:
     """The Hessian of the reduced objective in the parameters, exact and matrix-free; it may be indefinite.
 
@@ -265,10 +270,10 @@ def fisher(
     batch: Batch | DataSet,
     *,
     loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
-    kind: str = "mc",
+    fisher: FisherKind = "mc",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
-    mode: str | None = None,
+    mode: Mode | None = None,
 ) -> MatrixFree:
     """The Fisher information of the reduced objective, exact and matrix-free.
 
@@ -278,7 +283,7 @@ def fisher(
         batch: (inputs, targets), or a whole data set `over` a loader that can be read again, in the same order if
             targets are drawn.
         loss: the objective.
-        kind: ``type-2``: the expectation over targets of the model's likelihood, which equals the GGN; ``mc``: the
+        fisher: ``type-2``: the expectation over targets of the model's likelihood, which equals the GGN; ``mc``: the
             mean over ``mc_samples`` drawn targets an example, drawn once when the operator is made; ``empirical``: the
             given targets.
         mc_samples: draws an example for ``mc``.
@@ -286,32 +291,32 @@ def fisher(
         mode: see `ggn`.
 
     Raises:
-        ArgumentError: an unknown kind, no draw, a loader in random order under ``mc``; and see `ggn` for this and all
-            other errors.
+        ArgumentError: an unknown ``fisher``, no draw, a loader in random order under ``mc``; and see `ggn` for this and
+            all other errors.
 
     Example:
         >>> import torch, curvlib as cv
         >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
         >>> batch = (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
-        >>> curv = fisher(model_fn, params, batch, kind="empirical")
+        >>> curv = fisher(model_fn, params, batch, fisher="empirical")
         >>> int(torch.linalg.matrix_rank(curv.to_dense())) <= 5
         True
     """
-    if kind not in KINDS:
-        raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if fisher not in get_args(FisherKind):
+        raise ArgumentError(f"fisher must be one of {', '.join(get_args(FisherKind))}, got {fisher!r}")
     if mc_samples < 1:
         raise ArgumentError(f"mc_samples must be at least 1, got {mc_samples}")
-    if kind == "type-2":
+    if fisher == "type-2":
         return matrix_free(model_fn, params, batch, LossHessian(loss), mode)
-    if kind == "mc" and generator is None:
+    if fisher == "mc" and generator is None:
         check_model(model_fn, params)
         generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
     return matrix_free(
-        model_fn, params, batch, SampledFisher(loss, mc_samples), mode, generator if kind == "mc" else None
+        model_fn, params, batch, SampledFisher(loss, mc_samples), mode, generator if fisher == "mc" else None
     )
 
 
-def gramian(model_fn: ModelFn, params: Tree, batch: Batch | DataSet, *, mode: str | None = None) -> MatrixFree:
+def gramian(model_fn: ModelFn, params: Tree, batch: Batch | DataSet, *, mode: Mode | None = None) -> MatrixFree:
     """The Gramian J^T J of the model's outputs, summed over examples: the GGN with the loss Hessian I.
 
     The batch's targets are not looked at; see `ggn` for the arguments, and for all errors.

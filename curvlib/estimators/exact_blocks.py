@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError
-from curvlib.estimators.implicit import ELEMENTS_AT_ONCE, Implicit
 from curvlib.operators import BlockDiagonal, Dense, Layout, Operator, Region
+from curvlib.operators.base import check_operator
 from curvlib.operators.blocks import Layouts
-from curvlib.operators.lazy import MAX_DENSE
+from curvlib.operators.lazy import ELEMENTS_AT_ONCE, MAX_DENSE, zero_like
 from curvlib.operators.whole import whole
 from curvlib.pytree import Domain, flatten
 
 
 def block_diagonal(
-    operator: Implicit,
+    operator: Operator,
     blocks: Mapping[str, Sequence[str]] | BlockDiagonal | None = None,
     *,
     max_rows: int = MAX_DENSE,
@@ -29,7 +28,7 @@ def block_diagonal(
     one walk through the data for each stack of them.
 
     Args:
-        operator: `ggn`, `hessian`, `fisher` or `gramian`, or what was made of them by sums, damping and inverses.
+        operator: `ggn`, `hessian`, `fisher` or `gramian`, or any other operator.
         blocks: names of parameters by name of block, each parameter in one of them. Or a block-diagonal curvature
             (``cv.kfac(...)``): its blocks, so that the two agree on names and on the order of rows. None: one block a
             parameter.
@@ -111,9 +110,9 @@ def same_domain(blocks: BlockDiagonal, domain: Domain) -> BlockDiagonal:
     return blocks
 
 
-def dense_block(operator: Implicit, layout: Layout) -> Operator:
+def dense_block(operator: Operator, layout: Layout) -> Operator:
     """One diagonal block, from products with its unit vectors."""
-    like, domain = operator.like.new_zeros(()), operator.domain
+    like, domain = zero_like(operator), operator.domain
     columns = torch.arange(layout.numel, device=like.device)
     parts: list[Tensor] = []
     for numbers in columns.split(max(1, ELEMENTS_AT_ONCE // operator.domain.size)):
@@ -121,7 +120,7 @@ def dense_block(operator: Implicit, layout: Layout) -> Operator:
         leaves = [like.expand(len(numbers), *shape) for shape in domain.shapes]
         for number, leaf in layout.scatter(units).items():
             leaves[number] = leaf
-        images = flatten(operator._apply(domain.tree(leaves), 1))[0]
+        images = flatten(operator.matmat(domain.tree(leaves)))[0]
         parts.append(layout.gather(images).reshape(len(numbers), layout.numel))
     matrix = torch.cat(parts)
     dense = Dense((matrix + matrix.mT) / 2)

@@ -14,7 +14,7 @@ from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import PytreeError, ShapeError
 from curvlib.estimators.kinds import Unweighted
-from curvlib.estimators.linearization import Linearization, each, linearize
+from curvlib.estimators.linearization import Linearization, Mode, each, linearize
 from curvlib.estimators.running import Running, twice_differentiable
 from curvlib.estimators.source import Frame, cut, detached
 from curvlib.estimators.trial import Case, settle
@@ -23,7 +23,7 @@ from curvlib.operators.vectors import LinearMap, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, flatten, register, static
 
 
-def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: str | None = None) -> Jacobian:
+def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: Mode | None = None) -> Jacobian:
     """The derivative of a model's output by its parameters, as a linear map from params to outputs.
 
     Nothing is formed: ``jacobian @ v`` takes one forward pass with tangents, ``jacobian.T @ u`` one backward pass.
@@ -78,7 +78,7 @@ class Jacobian(LinearMap):
     domain: Domain = static()
     frame: Frame = static()
     output_shape: tuple[int, ...] = static()
-    mode: str = static()
+    mode: Mode = static()
     width: int = static()
     running: Running = static(default=Running())
 
@@ -104,6 +104,9 @@ class Jacobian(LinearMap):
             stack = [ordinary(v).to(x.dtype) for v, x in zip(given, flatten(self.params)[0], strict=True)]
             product: Tensor = each(line.push, stack, self.width)
             return cut([product.to(dtype)], given)[0]
+
+    def __matmul__(self, v: Tree) -> Tensor:
+        return self.matvec(v)
 
     def matvec(self, v: Tree) -> Tensor:
         """J v, in the shape of the outputs and the widest dtype of the vector's leaves."""
@@ -147,6 +150,9 @@ class TransposedJacobian(LinearMap):
         with self.jacobian.linearized() as line:
             leaves = each(line.pull, ordinary(cotangents).to(line.value.dtype), self.jacobian.width)
             return self.jacobian.domain.tree(cut([leaf.to(cotangents.dtype) for leaf in leaves], [cotangents]))
+
+    def __matmul__(self, u: Tensor) -> Tree:
+        return self.matvec(u)
 
     def matvec(self, u: Tensor) -> Tree:
         """J^T u, a pytree like params in the dtype of u."""

@@ -10,12 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.estimators.linearization import ElementCount, each, hessian_product, joined, linearize_along, together
+from curvlib.estimators.linearization import (
+    ElementCount,
+    Mode,
+    each,
+    hessian_product,
+    joined,
+    linearize_along,
+    push_along,
+    together,
+)
 from curvlib.estimators.probe import Probe, hessian_by_autograd, hessian_disagreement, jacobian_disagreement
 from curvlib.estimators.running import LeafFn, Leaves
+from curvlib.linalg.gram import full_precision
 from curvlib.losses import Loss, check_loss
 
-How = tuple[str, int]
+How = tuple[Mode, int]
 Draws = Tensor | torch.Generator | None  # sampled gradients [M, *outputs.shape], or where to draw them from
 
 
@@ -36,6 +46,12 @@ class Kind(ABC):
             stack: the vectors, leaves [k, *shape].
             how: the mode of differentiation, and how many vectors at a time.
         """
+
+    @abstractmethod
+    def form(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, vector: Leaves, how: How
+    ) -> tuple[Leaves, Tensor]:
+        """The same curvature's quadratic form, one number in a list, for a vector [1, *shape]; and the normalizer."""
 
     @abstractmethod
     def trial(
@@ -83,6 +99,14 @@ class GaussNewton(Kind):
             parts.append(each(lambda v: line.pull(weigh(line.push(v))), others, width))
         products: Leaves = joined(parts)
         return products, normalizer
+
+    def form(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, vector: Leaves, how: How
+    ) -> tuple[Leaves, Tensor]:
+        value, image = push_along(fn, leaves, [v.squeeze(0) for v in vector], how[0])  # v^T J^T W J v needs no J^T
+        normalizer = self.normalizer(value, targets)
+        weighted = self.weigh(value, targets, draws)(image)
+        return [(full_precision(image) * full_precision(weighted)).sum()], normalizer
 
     def trial(
         self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, found: Probe, how: How, count: ElementCount
@@ -197,6 +221,13 @@ class SecondDerivative(Kind):
         mode, width = how
         products: Leaves = each(hessian_product(self.objective(fn, targets), leaves, mode), stack, width)
         return products, normalizer
+
+    def form(
+        self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, vector: Leaves, how: How
+    ) -> tuple[Leaves, Tensor]:
+        products, normalizer = self.multiply(fn, leaves, targets, draws, vector, how)
+        pairs = zip(vector, products, strict=True)
+        return [torch.stack([(full_precision(v) * full_precision(h)).sum() for v, h in pairs]).sum()], normalizer
 
     def trial(
         self, fn: LeafFn, leaves: Leaves, targets: Any, draws: Draws, found: Probe, how: How, count: ElementCount

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from curvlib.estimators.running import LeafFn, Leaves
 from curvlib.linalg.eager import is_eager
+
+Mode = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Linearization:
     pull: Callable[[Tensor], Leaves]
 
 
-def linearize(fn: LeafFn, leaves: Leaves, mode: str) -> Linearization:
+def linearize(fn: LeafFn, leaves: Leaves, mode: Mode) -> Linearization:
     """The Jacobian of a function of tensors with one tensor as output."""
     if mode == "reverse" and is_eager():
         return linearize_by_autograd(fn, leaves)
@@ -50,7 +52,7 @@ def linearize(fn: LeafFn, leaves: Leaves, mode: str) -> Linearization:
     return Linearization(value, lambda v: transposed(v)[0], pull)
 
 
-def linearize_along(fn: LeafFn, leaves: Leaves, tangents: Leaves, mode: str) -> tuple[Linearization, Tensor]:
+def linearize_along(fn: LeafFn, leaves: Leaves, tangents: Leaves, mode: Mode) -> tuple[Linearization, Tensor]:
     """`linearize`, and J v for stacked tangents (leaves [k, *shape]): [k, *value.shape].
 
     In forward mode it takes one pass: the one that carries the tangents records what pulling back needs.
@@ -73,6 +75,15 @@ def linearize_along(fn: LeafFn, leaves: Leaves, tangents: Leaves, mode: str) -> 
     return Linearization(value, lambda v: torch.func.jvp(fn, (leaves,), (v,))[1], lambda u: vjp(u)[0]), pushed
 
 
+def push_along(fn: LeafFn, leaves: Leaves, tangents: Leaves, mode: Mode) -> tuple[Tensor, Tensor]:
+    """The value, and J v for one tangent, without what pulling back needs."""
+    if mode == "reverse":
+        line = linearize(fn, leaves, mode)
+        return line.value, line.push(tangents)
+    pair: Any = torch.func.jvp(fn, (leaves,), (tangents,))
+    return pair[0], pair[1]
+
+
 def linearize_by_autograd(fn: LeafFn, leaves: Leaves) -> Linearization:
     """`linearize` in reverse mode by plain autograd."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -86,7 +97,7 @@ def linearize_by_autograd(fn: LeafFn, leaves: Leaves) -> Linearization:
     )
 
 
-def hessian_product(fn: LeafFn, leaves: Leaves, mode: str) -> Callable[[Leaves], Leaves]:
+def hessian_product(fn: LeafFn, leaves: Leaves, mode: Mode) -> Callable[[Leaves], Leaves]:
     """V -> H v for a scalar function: forward over reverse, or reverse over reverse."""
     product: Callable[[Leaves], Leaves]
     if mode == "reverse" and is_eager():

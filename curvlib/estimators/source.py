@@ -112,7 +112,7 @@ class Walk:
         check_same_examples(data, "every product with a matrix-free operator walks through the same examples")
         if generator is None:
             return cls(data, None, None)
-        check_order(data, "kind='mc' ties its draws to the order of the examples (kind='type-2' has no draws)")
+        check_order(data, "fisher='mc' ties its draws to the order of the examples (fisher='type-2' has no draws)")
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         return cls(data, int(seed), generator.device)
 

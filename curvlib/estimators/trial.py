@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -13,13 +13,13 @@ from torch import Tensor
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, CaptureError, CurvlibError, NonFiniteError
 from curvlib.estimators.kinds import Draws, How, Kind, SampledFisher
-from curvlib.estimators.linearization import ElementCount
+from curvlib.estimators.linearization import ElementCount, Mode
 from curvlib.estimators.probe import Probe, check_used, explained, probe
 from curvlib.estimators.running import LeafFn, Leaves, Replay, Running, twice_differentiable
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain, Tree, flatten
 
-MODES = ("forward", "reverse")
+MODES: tuple[Mode, ...] = get_args(Mode)
 ELEMENTS_AT_ONCE = 1 << 26  # of intermediate results that may be alive together when vectors are stacked
 BLURRED = {torch.float32: 0.03}  # relative differences that rounding may make in deep models; in half precision .3
 
@@ -93,7 +93,7 @@ class Case:
         return dataclasses.replace(self, params=params, inputs=inputs, targets=targets, draws=draws)
 
 
-def settle(case: Case, mode: str | None, *, all_data: bool) -> tuple[Case, Probe | None, str, int]:
+def settle(case: Case, mode: Mode | None, *, all_data: bool) -> tuple[Case, Probe | None, Mode, int]:
     """Checks a model on one batch, and finds out how to multiply.
 
     Args:
@@ -125,11 +125,11 @@ def settle(case: Case, mode: str | None, *, all_data: bool) -> tuple[Case, Probe
         return case, found, *choose(case, found, (mode,) if mode else MODES)
 
 
-def choose(case: Case, found: Probe | None, modes: tuple[str, ...]) -> tuple[str, int]:
+def choose(case: Case, found: Probe | None, modes: tuple[Mode, ...]) -> tuple[Mode, int]:
     """The first mode, and the larger number of vectors, that works; the mode in less doubt if there is some in all."""
     unlike: DisagreementError | NonFiniteError | None = None
     failure: RuntimeError | None = None
-    doubtful: list[tuple[float, str, int]] = []
+    doubtful: list[tuple[float, Mode, int]] = []
     for mode in modes:
         for k in (2, 1):
             count = ElementCount()

@@ -164,7 +164,7 @@ def scores(
 
     Args:
         curv_inverse: the inverse of a curvature on ``params``, such as ``cv.ekfac(...).inverse(damping)``, or
-            ``cv.ggn(...).inverse(damping, preconditioner=...)``, which solves for many queries at a time; or a function
+            ``cv.ggn(...).inverse(damping, solver=cv.CG(...))``, which solves for many queries at a time; or a function
             of one vector, a pytree like params.
         model_fn: pure function (params, inputs) -> outputs.
         params: pytree of floating-point tensors.

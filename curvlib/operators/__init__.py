@@ -6,7 +6,10 @@ from curvlib.operators.block_side import BlockBasis, DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.combine import ema, merge_factors
 from curvlib.operators.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
+from curvlib.operators.differences import Difference
 from curvlib.operators.eigen_sketch import EigenSketch
+from curvlib.operators.implicit import Implicit
+from curvlib.operators.inverse import CG, Inverse, Solver, solve
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.kronecker_side import KroneckerBasis, KroneckerSide
 from curvlib.operators.layout import Layout, Region
@@ -15,26 +18,31 @@ from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIde
 from curvlib.operators.nearest import nearest_kronecker
 from curvlib.operators.projection import Projection
 from curvlib.operators.scaled_power import ScaledPower
+from curvlib.operators.shifted import Shifted
 from curvlib.operators.simultaneous import SimultaneousKronecker
 from curvlib.operators.sketch import Sketch, sketch
-from curvlib.operators.solved import SolvedInverse
-from curvlib.operators.sums import DampedSum, Sum
+from curvlib.operators.solvers import Cholesky
+from curvlib.operators.sums import Sum
 from curvlib.operators.truncation import TruncationReport, truncation_report
 
 __all__ = [
     "Basis",
     "BlockBasis",
     "BlockDiagonal",
+    "CG",
     "CanonicalBasis",
-    "DampedSum",
+    "Cholesky",
     "Damping",
     "Dense",
     "DenseBlocks",
     "Diagonal",
+    "Difference",
     "Eigen",
     "EigenKronecker",
     "EigenSketch",
     "FactoredTikhonov",
+    "Implicit",
+    "Inverse",
     "Kronecker",
     "KroneckerBasis",
     "KroneckerSide",
@@ -49,9 +57,10 @@ __all__ = [
     "RelativeTikhonov",
     "ScaledIdentity",
     "ScaledPower",
+    "Shifted",
     "SimultaneousKronecker",
     "Sketch",
-    "SolvedInverse",
+    "Solver",
     "Sum",
     "Tikhonov",
     "TruncationReport",
@@ -59,5 +68,6 @@ __all__ = [
     "merge_factors",
     "nearest_kronecker",
     "sketch",
+    "solve",
     "truncation_report",
 ]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from curvlib.errors import ArgumentError, PytreeError, SingularError
+from curvlib.errors import ArgumentError, BlockNameError, PytreeError, SingularError
 from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import tolerance
 from curvlib.operators.damping import Damping, as_damping
-from curvlib.operators.vectors import LinearMap, at_least_single, vector_leaves, widest
+from curvlib.operators.interfaces import Determinant, MatrixFreePart, QuadraticForm, Recast
+from curvlib.operators.vectors import LinearMap, Params, at_least_single, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, inner, tree_map
 
 if TYPE_CHECKING:
+    from curvlib.operators.inverse import Solver
     from curvlib.operators.projection import Projection
     from curvlib.operators.sketch import Compressor
 
@@ -106,15 +109,6 @@ class Operator(LinearMap):
     # --- derived ---------------------------------------------------------------------------------------------
 
     @property
-    def model_dtype(self) -> torch.dtype | None:
-        """Of an operator whose tensors are parameters and data: the dtype that products with the model have."""
-        return None
-
-    def cast(self, dtype: torch.dtype) -> Operator | None:
-        """The operator in another dtype, where that is not the same with its tensors cast; None: it is."""
-        return None
-
-    @property
     def dtypes(self) -> frozenset[torch.dtype]:
         """The floating dtypes of its tensors, and those of the models of matrix-free parts."""
         known: frozenset[torch.dtype] | None = self.__dict__.get("_dtypes")
@@ -125,8 +119,13 @@ class Operator(LinearMap):
     def find_dtypes(self) -> frozenset[torch.dtype]:
         """`dtypes`, which never change."""
         leaves = torch_pytree.tree_leaves(self, is_leaf=is_matrix_free)
-        found = {x.model_dtype if isinstance(x, Operator) else x.dtype for x in leaves}
-        return frozenset(dtype for dtype in found if dtype is not None and dtype.is_floating_point)
+        found = {x.model_dtype if isinstance(x, MatrixFreePart) else x.dtype for x in leaves}
+        return frozenset(dtype for dtype in found if dtype.is_floating_point)
+
+    @property
+    def matrix_free(self) -> bool:
+        """Whether some part of it is known by its products alone."""
+        return any(map(is_matrix_free, torch_pytree.tree_leaves(self, is_leaf=is_matrix_free)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,7 +139,7 @@ class Operator(LinearMap):
         found: dict[int, Operator] = {}
 
         def cast_as_a_whole(node: object) -> bool:
-            whole = node.cast(dtype) if isinstance(node, Operator) else None
+            whole = node._recast(dtype) if isinstance(node, Recast) else None
             if whole is not None:
                 found[id(node)] = whole
             return whole is not None
@@ -168,22 +167,29 @@ class Operator(LinearMap):
         images = operator._apply(wide, leading)
         return images if wide is vectors else tree_map(lambda image, x: image.to(x.dtype), images, vectors)
 
-    def matvec(self, v: Tree) -> Tree:
+    def matvec(self, v: Params) -> Params:
         """Curv v for a vector of the domain, each leaf in the dtype of the vector's.
 
         Raises:
             PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
             DtypeError: a leaf is not of a floating dtype; the message names it.
         """
-        return self.product(v, 0)
+        image: Params = self.product(v, 0)
+        return image
 
-    def matmat(self, vectors: Tree) -> Tree:
+    def __matmul__(self, v: Params) -> Params:
+        return self.matvec(v)
+
+    def matmat(self, vectors: Params) -> Params:
         """Curv v for k vectors stacked along a leading axis of every leaf."""
-        return self.product(vectors, 1)
+        images: Params = self.product(vectors, 1)
+        return images
 
     def quadratic(self, v: Tree) -> Tensor:
         """v^T curv v, a 0-d tensor in the widest of the dtypes of the operator and the vector."""
         operator, wide = self.in_one_dtype(v)
+        if isinstance(operator, QuadraticForm):
+            return operator._quadratic(wide)
         return inner(wide, operator._apply(wide, 0))
 
     def precise(self) -> Self:
@@ -211,20 +217,23 @@ class Operator(LinearMap):
             DampingError: the damping is negative.
             SingularError: the exponent needs positive eigenvalues and there are others (looked at in eager mode only).
         """
-        damping = as_damping(damping)
-        undamped = not isinstance(damping.strength, Tensor) and damping.strength == 0
-        if undamped:
+        if is_zero(damping):
             return self.precise()._power(exponent, damped=False)
         return self.precise().damp(damping)._power(exponent, damped=True)
 
-    def inverse(self, damping: Damping | float | Tensor = 0.0) -> Operator:
+    def inverse(self, damping: Damping | float | Tensor = 0.0, *, solver: Solver | None = None) -> Operator:
         """(curv + damping)^-1.
+
+        Args:
+            damping: what is added.
+            solver: `CG`, `Cholesky` or `Eigen`; None chooses: in closed form where there is one, through the
+                dense matrix where a sum is small, and by conjugate gradients elsewhere.
 
         Raises:
             DampingError: the damping is negative.
             SingularError: there is no damping and the operator is singular.
         """
-        return self.power(-1, damping)
+        return self.power(-1, damping) if solver is None else solver.inverse(self.precise(), damping)
 
     def project(self, sketch: Compressor) -> Projection:
         """The composition R o curv with a `sketch` R or an `EigenSketch`, folded into one small matrix a side.
@@ -262,16 +271,38 @@ class Operator(LinearMap):
 
     def logdet(self) -> Tensor:
         """Log det curv, a 0-d tensor: -inf if singular."""
-        return self.precise().map_eigenvalues(torch.log).trace()
+        operator = self.precise()
+        if isinstance(operator, Determinant):
+            return operator._logdet()
+        return operator.map_eigenvalues(torch.log).trace()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same operator on another device or with another dtype."""
-        moved: Self = tree_map(lambda x: x.to(device=device, dtype=dtype), self)
+        """The same operator on another device or with another dtype; integers, which data may hold, keep theirs."""
+        moved: Self = tree_map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None), self)
         return moved
 
-    def __add__(self, other: Operator) -> Operator:
-        if not isinstance(other, Operator):
-            return NotImplemented
+    def __getitem__(self, name: str) -> Operator:
+        blocks = self.blocks
+        if name not in blocks:
+            near = difflib.get_close_matches(str(name), blocks, n=3, cutoff=0) or list(blocks)[:3]
+            raise BlockNameError(
+                f"there is no block {name!r} among {len(blocks)}; the nearest are {', '.join(map(repr, near))}"
+            )
+        return blocks[name]
+
+    __iter__ = None  # blocks have names, and no numbers
+
+    def __repr__(self) -> str:
+        from curvlib.operators.summary import summary  # a summary knows all operators
+
+        return summary(self)
+
+    def met(self, other: Operator) -> tuple[Operator, Operator]:
+        """Two operators in the wider of their dtypes.
+
+        Raises:
+            PytreeError: they act on different vectors.
+        """
         if self.domain.shapes != other.domain.shapes:
             mine, others = (dict(zip(x.domain.names, x.domain.shapes, strict=True)) for x in (self, other))
             unequal = [
@@ -281,7 +312,12 @@ class Operator(LinearMap):
             ]
             raise PytreeError(f"the operators to be added act on different vectors: {', '.join(unequal)}")
         dtype = widest(self.dtypes | other.dtypes)
-        one, two = self.widened(dtype), other.widened(dtype)
+        return self.widened(dtype), other.widened(dtype)
+
+    def __add__(self, other: Operator) -> Operator:
+        if not isinstance(other, Operator):
+            return NotImplemented
+        one, two = self.met(other)
         total = one._add(two)
         total = total if total is not None else two._add(one)
         if total is not None:
@@ -289,6 +325,24 @@ class Operator(LinearMap):
         from curvlib.operators.sums import lazy_sum  # a sum is an operator too
 
         return lazy_sum(one, two)
+
+    def __radd__(self, other: Literal[0]) -> Self:  # sum(operators) starts with 0
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: Operator) -> Operator:
+        if not isinstance(other, Operator):
+            return NotImplemented
+        from curvlib.operators.differences import difference  # a difference is an operator too
+
+        return difference(*self.met(other))
+
+    def __neg__(self) -> Operator:
+        return self._scale(-1.0)
+
+    def __truediv__(self, divisor: float | Tensor) -> Operator:
+        if isinstance(divisor, Operator):
+            raise ArgumentError("an operator can be divided by a number or a 0-d tensor only; see inverse")
+        return self * (1 / divisor)
 
     def __mul__(self, factor: float | Tensor) -> Operator:
         if isinstance(factor, Operator) or (isinstance(factor, Tensor) and factor.ndim):
@@ -300,8 +354,27 @@ class Operator(LinearMap):
 
 
 def is_matrix_free(node: object) -> bool:
-    """Whether a part of an operator is known by its products alone, which are computed in the dtype of a model."""
-    return isinstance(node, Operator) and node.model_dtype is not None
+    """Whether a part of an operator is known by its products alone."""
+    return isinstance(node, MatrixFreePart)
+
+
+def is_zero(damping: Damping | float | Tensor) -> bool:
+    """Whether nothing is added: a number 0; a tensor is not looked at."""
+    strength = as_damping(damping).strength
+    return not isinstance(strength, Tensor) and strength == 0
+
+
+def check_operator(operator: Any) -> None:
+    """Refuses what is no operator.
+
+    Raises:
+        ArgumentError: says how to make one.
+    """
+    if not isinstance(operator, Operator):
+        raise ArgumentError(
+            f"operator must be a curvature, such as cv.ggn(model_fn, params, batch, loss=loss), got a "
+            f"{type(operator).__name__}; for a matrix write cv.Dense(matrix)"
+        )
 
 
 def powers(eigenvalues: Tensor, exponent: float, *, damped: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlib.errors import naming
 from curvlib.operators.base import Operator
 from curvlib.operators.damping import Damping, as_damping
+from curvlib.operators.interfaces import Determinant
 from curvlib.operators.layout import Layout
 from curvlib.pytree import Domain, Tree, register, static
 
@@ -17,7 +18,7 @@ Layouts = tuple[tuple[str, Layout], ...]
 
 
 @register
-class BlockDiagonal(Operator):
+class BlockDiagonal(Operator, Determinant):
     """One operator a block of parameters, on pytrees like params.
 
     Args:
@@ -109,6 +110,13 @@ class BlockDiagonal(Operator):
             with naming(name):
                 parts.append(block._eigenvalues())
         return torch.cat(parts)
+
+    def _logdet(self) -> Tensor:
+        parts = []
+        for name, _, block in self.items():
+            with naming(name):
+                parts.append(block.logdet())
+        return torch.stack(parts).sum()
 
     def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> BlockDiagonal:
         return self.map_blocks(lambda block: block.map_eigenvalues(fn))

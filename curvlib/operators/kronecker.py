@@ -100,6 +100,14 @@ class Kronecker(MatrixBlock):
         damping = as_damping(damping)
         if not isinstance(damping, FactoredTikhonov):
             return self.eigen().damp(damping)
+        left_shift, right_shift = self.side_shifts(damping)
+        return Kronecker(
+            self.left.eigen().map_eigenvalues(lambda mu: mu + left_shift.unsqueeze(-1)),
+            self.right.eigen().map_eigenvalues(lambda nu: nu + right_shift.unsqueeze(-1)),
+        )
+
+    def side_shifts(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
+        """The multiples of the identity [*] that are added to G and to A."""
         means = [side.traces() / side.shape[-1] for side in (self.left, self.right)]
         strength = damping.strength
         if damping.relative:
@@ -108,11 +116,7 @@ class Kronecker(MatrixBlock):
         usable = (means[0] > 0) & (means[1] > 0)
         one = torch.ones_like(means[0] * means[1])
         pi = (torch.where(usable, means[1], one) / torch.where(usable, means[0], one)) ** 0.5
-        left, right = self.left.eigen(), self.right.eigen()
-        return Kronecker(
-            left.map_eigenvalues(lambda mu: mu + (root / pi).unsqueeze(-1)),
-            right.map_eigenvalues(lambda nu: nu + (root * pi).unsqueeze(-1)),
-        )
+        return root / pi, root * pi
 
     def _power(self, exponent: float, *, damped: bool) -> Kronecker:
         left, right = (side._power(exponent, damped=damped) for side in (self.left, self.right))

@@ -21,8 +21,9 @@ from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
 from curvlib.operators.rearranged import leading_triples
+from curvlib.operators.shifted import Shifted
 from curvlib.operators.sum_inverses import as_product, identity
-from curvlib.operators.sums import DampedSum, Sum, lazy_sum
+from curvlib.operators.sums import Sum, lazy_sum
 
 
 def nearest_kronecker(
@@ -123,7 +124,7 @@ def in_closed_form(operator: Operator, terms: int) -> Operator | None:
             return separated(left, right, values, terms)
         case Sum():
             return combined([as_product(term) for term in operator.terms], terms)
-        case DampedSum(total=total, shift=shift):
+        case Shifted(operator=Sum() as total, shift=shift):
             return combined([*map(as_product, total.terms), identity(shift, operator.domain.shapes[0])], terms)
     return None
 

@@ -19,6 +19,7 @@ from curvlib.operators.base import Operator
 from curvlib.operators.blocks import BlockDiagonal, Layouts
 from curvlib.operators.layout import Layout, Region
 from curvlib.operators.sketch import Compressor, Sides
+from curvlib.operators.summary import tensors_by_block
 from curvlib.operators.vectors import cast, floating_dtype, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, register, static
 
@@ -49,6 +50,9 @@ class Projection:
     sides: dict[str, Sides]
     layouts: Layouts = static()
     domain: Domain = static()
+
+    def __repr__(self) -> str:
+        return tensors_by_block("Projection", self.domain, self.sides)
 
     def __call__(self, v: Tree) -> dict[str, Tensor]:
         """{block: M_left V M_right^T [*, p, q]}, or {block: M v [p]} for a block without sides.

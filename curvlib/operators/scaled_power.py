@@ -15,13 +15,14 @@ from curvlib.linalg.eager import is_eager
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.block_side import DenseBlocks
 from curvlib.operators.damping import Damping
+from curvlib.operators.interfaces import Recast
 from curvlib.operators.kronecker_side import KroneckerSide
 from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
 from curvlib.pytree import register, static
 
 
 @register
-class ScaledPower(Matrix):
+class ScaledPower(Matrix, Recast):
     """c M^p, by way of the eigendecomposition of M, or directly if p = 1.
 
     Its powers are of this class too, and all share the eigendecomposition of M.
@@ -45,7 +46,7 @@ class ScaledPower(Matrix):
     scale: Tensor
     exponent: float = static()
 
-    def cast(self, dtype: torch.dtype) -> ScaledPower | None:
+    def _recast(self, dtype: torch.dtype) -> ScaledPower | None:
         # what is rounding in M is known in its own dtype only: a root in a wider one would meet negative eigenvalues
         if self.exponent == 1:
             return None

@@ -21,6 +21,7 @@ from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import CanonicalBasis, OrthogonalBasis
 from curvlib.operators.block_side import BlockBasis, Runs, block_runs_of, diagonal_blocks
 from curvlib.operators.damping import Damping
+from curvlib.operators.interfaces import Determinant
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.lazy import Lazy, dense_operator
 from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity, normal
@@ -31,7 +32,7 @@ Columns = CanonicalBasis | OrthogonalBasis | BlockBasis  # of any invertible mat
 
 
 @register
-class SimultaneousKronecker(Lazy):
+class SimultaneousKronecker(Lazy, Determinant):
     """(W (x) Z) diag(l) (W (x) Z)^T with invertible W, Z: V -> W (l o (W^T V Z)) Z^T.
 
     The inverse of a sum of two Kronecker products is one. Its products, diagonal, trace, norm, determinant and inverse
@@ -93,7 +94,7 @@ class SimultaneousKronecker(Lazy):
     def dense(self) -> Operator:
         return dense_operator(self, "the inverse of a sum of two Kronecker products")
 
-    def logdet(self) -> Tensor:
+    def _logdet(self) -> Tensor:
         """Log det, a 0-d tensor, in closed form: sum log l + 2 n log |det W| + 2 m log |det Z|."""
         *_, m, n = self.shape
         volumes = n * log_volume(self.left, self.values) + m * log_volume(self.right, self.values)

@@ -11,6 +11,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from curvlib.errors import ArgumentError, NotKroneckerError, PytreeError
 from curvlib.operators.base import Operator
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.matrices import Matrix
+from curvlib.operators.summary import place
 from curvlib.pytree import Domain, Tree
 
-KINDS = ("rademacher", "normal", "orthogonal")
+SketchKind = Literal["rademacher", "normal", "orthogonal"]
+KINDS = get_args(SketchKind)
 
 Sides = tuple[Tensor, ...]
 Ranks = int | Mapping[str, int]  # p, for all blocks or by block
@@ -87,9 +90,12 @@ class Sketch(Compressor):
     """A description of random matrices; they are made when an operator is projected. See `sketch`."""
 
     rank: Ranks
-    kind: str
+    kind: SketchKind
     seed: int
     domain: Domain
+
+    def __repr__(self) -> str:
+        return f"Sketch(rank={self.rank}, kind={self.kind!r}, seed={self.seed}) on {place(self.domain)}"
 
     def check(self, domain: Domain) -> None:
         if domain != self.domain:
@@ -134,7 +140,7 @@ class Sketch(Compressor):
         return (scale * rows).to(dtype=like.dtype, device=like.device)
 
 
-def sketch(params: Tree, *, rank: Ranks = 64, kind: str = "rademacher", seed: int = 0) -> Sketch:
+def sketch(params: Tree, *, rank: Ranks = 64, kind: SketchKind = "rademacher", seed: int = 0) -> Sketch:
     """Random matrices R with E[R^T R] = I, for every side of every block of a curvature on ``params``.
 
     Args:

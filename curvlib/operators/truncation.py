@@ -18,6 +18,7 @@ from curvlib.operators.low_rank import LowRank
 from curvlib.operators.matrices import Matrix
 from curvlib.operators.sums import Sum
 from curvlib.pytree import flatten
+from curvlib.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +152,7 @@ class TruncationReport:
             sides = " x ".join(f"{k}/{d}" for k, d in zip(block.ranks, block.widths, strict=True))
             rows.append((block.name, str(block.shape), sides, *sizes(block.bytes_before, block.bytes_after)))
         rows.append(("all", "", "", *sizes(self.bytes_before, self.bytes_after)))
-        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(rows)
 
 
 def truncation_report(curv: Operator, truncated: Operator) -> TruncationReport:

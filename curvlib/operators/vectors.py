@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.errors import DtypeError, PytreeError, ShapeError
 from curvlib.pytree import Tree, flatten, names, tree_map
+
+Params = TypeVar("Params")  # a pytree of tensors: a vector, whose image is of the same type
 
 
 class LinearMap(ABC):
@@ -30,8 +32,9 @@ class LinearMap(ABC):
     def matmat(self, vectors: Any) -> Any:
         """The images of vectors that are stacked along a leading axis of every leaf."""
 
+    @abstractmethod
     def __matmul__(self, v: Any) -> Any:
-        return self.matvec(v)
+        """`matvec`."""
 
 
 def vector_leaves(v: Tree) -> list[Any]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError, naming
 from curvlib.linalg.lanczos import lanczos, quadrature
 from curvlib.operators import Operator
+from curvlib.operators.base import check_operator
 from curvlib.pytree import Tree, register, static
 from curvlib.spectrum.flat import at_least, chosen, flattened
 

@@ -8,10 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError, naming
 from curvlib.linalg.lanczos import block_lanczos, normal
 from curvlib.operators import BlockDiagonal, Eigen, LowRank, Operator, OrthogonalBasis
+from curvlib.operators.base import check_operator
 from curvlib.operators.whole import whole
 from curvlib.pytree import Domain, Tree, register, tree_map
 from curvlib.spectrum.flat import at_least, chosen, flattened

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlib.arguments import check_operator
 from curvlib.errors import ArgumentError
 from curvlib.operators import Operator
-from curvlib.pytree import Domain, Tree, flatten, unravel
+from curvlib.operators.base import check_operator
+from curvlib.pytree import Domain, Tree, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +35,17 @@ class Flat:
 
     def unravel(self, rows: Tensor) -> Tree:
         """Rows [m, D] as m vectors of the domain, stacked along a leading axis of every leaf."""
-        parts = rows.split([math.prod(shape) for shape in self.domain.shapes], dim=1)
-        shapes = ((len(rows), *shape) for shape in self.domain.shapes)
-        return self.domain.tree([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
+        return self.domain.stacked(rows)
 
     def vector(self, row: Tensor) -> Tree:
         """A row [D] as a vector of the domain."""
-        return unravel(row, self.domain.tree([row.new_zeros(()).expand(shape) for shape in self.domain.shapes]))
+        return self.domain.stacked(row.unsqueeze(0), ())
 
     def matmat(self, rows: Tensor) -> Tensor:
         """The operator applied to each row of [m, D]."""
         image = self.operator.matmat(self.unravel(rows.to(self.native)))
         self.bar.update(len(rows))
-        return torch.cat([leaf.reshape(len(rows), -1) for leaf in self.domain.leaves(image, 1)], 1).to(self.dtype)
+        return self.domain.rows(image).to(self.dtype)
 
     def like(self) -> Tensor:
         """An empty tensor that has the dtype and the device of rows."""

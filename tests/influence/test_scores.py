@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import curvlib as cv
 from curvlib.errors import ArgumentError, ShapeError
-from curvlib.estimators import ImplicitInverse
 from curvlib.influence import preconditioning
+from curvlib.operators import Inverse
 from tests.influence.influence_cases import CASES, EXAMPLES, QUERIES, Case, assert_close, in_batches
 from tests.pairwise import every_pair
 
@@ -78,7 +78,7 @@ def test_exact_curvature_is_inverted_by_solving(name: str) -> None:
     case = CASES[name]()
     curv = cv.ggn(case.model_fn, case.params, case.train).damp(0.1)
     rough, expected = case.curvature(tied="merge").inverse(0.1), case.brute_force(curv.to_dense())
-    assert_close(case.scores(ImplicitInverse(curv, rough, tolerance=1e-12)), expected, 1e-8)
+    assert_close(case.scores(Inverse(curv, cv.CG(rough, tolerance=1e-12))), expected, 1e-8)
     assert_close(case.scores(lambda v: cv.solve(curv, v, preconditioner=rough, tolerance=1e-12)), expected, 1e-8)
     assert_close(case.scores(curv.inverse()), expected, 1e-6)
 

@@ -84,7 +84,7 @@ def test_trace_and_influence_are_those_of_gradients_of_one_example_at_a_time(nam
     over = cv.diagonal(model_fn, params, cv.over([part(batch, 0, 2), part(batch, 2, 3)]), fisher="empirical").diag()
     torch.testing.assert_close(cv.ravel(over), gradients.square().sum(0) / count)
     vector = cv.unravel(torch.randn(gradients.shape[1], dtype=torch.float64), params)
-    product = cv.fisher(model_fn, params, batch, kind="empirical") @ vector
+    product = cv.fisher(model_fn, params, batch, fisher="empirical") @ vector
     torch.testing.assert_close(cv.ravel(product), gradients.T @ (gradients @ cv.ravel(vector)) / count)
     scores = cv.influence.scores(lambda v: v, model_fn, params, batch, batch)
     torch.testing.assert_close(scores, gradients @ gradients.T)

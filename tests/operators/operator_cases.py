@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curvlib.operators import (
+    CG,
     Basis,
     BlockBasis,
     BlockDiagonal,
@@ -25,13 +26,13 @@ from curvlib.operators import (
     Eigen,
     EigenKronecker,
     FactoredTikhonov,
+    Inverse,
     Kronecker,
     Matrix,
     Operator,
     OrthogonalBasis,
     RelativeTikhonov,
     ScaledIdentity,
-    SolvedInverse,
     Sum,
     Tikhonov,
 )
@@ -270,7 +271,7 @@ def solved_inverse(draw: Draw, shape: tuple[int, ...], random: Random) -> Case:
     rough = tensor_case(kronecker_block(draw, shape, random, FACTORS)).operator
     # a relative residual of 1e-8 is an error of that times the condition number
     tolerance = 1e-8 * float(torch.linalg.cond(total.dense))
-    inverse = SolvedInverse(total.operator, rough._power(-1, damped=False))
+    inverse = Inverse(total.operator, CG(rough._power(-1, damped=False)))
     return whole(inverse, torch.linalg.inv(total.dense), total.like, tolerance)
 
 

@@ -18,6 +18,7 @@ from curvlib.operators import (
     Eigen,
     EigenKronecker,
     FactoredTikhonov,
+    Inverse,
     Kronecker,
     LowRank,
     Matrix,
@@ -25,7 +26,6 @@ from curvlib.operators import (
     RelativeTikhonov,
     ScaledIdentity,
     SimultaneousKronecker,
-    SolvedInverse,
     ema,
     merge_factors,
     sketch,
@@ -189,7 +189,7 @@ def test_sums_without_blocks_in_common_are_solved_without_a_square_matrix() -> N
     with mock.patch("curvlib.operators.sums.MAX_DENSE", 0), LargestTensor() as largest:
         inverse = (one + two).inverse(0.1)
         solved = inverse @ v
-    assert isinstance(inverse, SolvedInverse)
+    assert isinstance(inverse, Inverse)
     assert_close((one + two) @ solved + 0.1 * solved, v, 1e-7)
     assert largest.numel <= width * 30
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from curvlib.errors import SingularError
 from curvlib.operators import (
-    DampedSum,
     Dense,
     EigenKronecker,
     FactoredTikhonov,
+    Inverse,
     Kronecker,
     Matrix,
     Operator,
     ScaledIdentity,
+    Shifted,
     SimultaneousKronecker,
-    SolvedInverse,
 )
 from tests.operators.kronecker_sum_cases import big, briefly, dense_sum, eye, products, seeds, thoroughly
 from tests.operators.operator_cases import (
@@ -120,7 +120,7 @@ def test_damping_is_absorbed_by_a_product_with_the_identity_on_a_side(seed: int,
     total = Kronecker(Dense(random.definite(4)), Dense(random.definite(3))) + Kronecker(sides[0], sides[1])
     with big():
         inverse = total.inverse(damping)
-    assert not isinstance(inverse, SolvedInverse)
+    assert not isinstance(inverse, Inverse)
     dense = total.to_dense()
     assert_close(inverse.to_dense() @ (dense + damping * eye(dense)), eye(dense))
 
@@ -196,12 +196,12 @@ def test_a_solved_inverse_decomposes_when_it_is_made_and_its_dense_form_once() -
 def test_a_damped_sum_adds_up(data: st.DataObject, damping: float) -> None:
     case = data.draw(cases("sum"))
     damped = case.operator.damp(damping)
-    assert isinstance(damped, DampedSum)
+    assert isinstance(damped, Shifted)
     dense = case.dense + damping * eye(case.dense)
     assert_number(damped.frobenius_norm(), dense.norm())
     assert_number(damped.logdet(), torch.logdet(dense))
     assert_close(damped.damp(0.5).to_dense(), dense + 0.5 * eye(dense))
     for total in (damped + case.operator, case.operator + damped):
-        assert isinstance(total, DampedSum)
+        assert isinstance(total, Shifted)
         assert_close(total.to_dense(), dense + case.dense)
     assert_close((damped + damped).to_dense(), 2 * dense)

@@ -79,7 +79,7 @@ def test_power_is_additive(kind: str, data: st.DataObject, p: float, q: float) -
     case = data.draw(cases(kind))
     v = case.vector()
     twice = case.operator.power(p) @ (case.operator.power(q) @ v)
-    # p = 1 is the operator itself; SolvedInverse then has errors of its tolerance
+    # p = 1 is the operator itself; Inverse then has errors of its tolerance
     size = max(float(torch.linalg.norm(flat(twice))), 1.0)
     error = torch.linalg.norm(flat(twice) - flat(case.operator.power(p + q) @ v))
     assert float(error) <= 10 * case.tolerance * size

@@ -55,6 +55,7 @@ BUILT_IN = {
     "CaptureError": ValueError,
     "UnusedParameterError": ValueError,
     "ArgumentError": ValueError,
+    "BlockNameError": KeyError,
     "EigendecompositionError": RuntimeError,
     "ConvergenceError": RuntimeError,
 }

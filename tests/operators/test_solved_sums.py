@@ -14,10 +14,12 @@ from torch import Tensor
 from curvlib.errors import ArgumentError, ConvergenceError, ShapeError
 from curvlib.linalg.conjugate_gradient import conjugate_gradient
 from curvlib.operators import (
+    CG,
     BlockDiagonal,
     Dense,
     Diagonal,
     EigenKronecker,
+    Inverse,
     Kronecker,
     Layout,
     LowRank,
@@ -25,7 +27,6 @@ from curvlib.operators import (
     OrthogonalBasis,
     Region,
     ScaledIdentity,
-    SolvedInverse,
     Sum,
 )
 from curvlib.operators.solved import solutions
@@ -57,7 +58,7 @@ def test_conjugate_gradients_reach_the_stated_residual(data: st.DataObject, coun
 
 def applications(operator: Operator, v: Tensor) -> int:
     """How many products with each vector an inverse takes."""
-    assert isinstance(operator, SolvedInverse)
+    assert isinstance(operator, Inverse)
     with mock.patch.object(
         type(operator.operator), "_apply", autospec=True, side_effect=type(operator.operator)._apply
     ) as count:
@@ -155,7 +156,7 @@ def test_a_sum_of_curvatures_on_several_tensors_is_solved_and_has_numbers() -> N
 def test_no_convergence_says_residual_steps_and_what_to_do() -> None:
     total = dense_sum(6, 5, count=3).damp(0.1)
     rough = ScaledIdentity(torch.ones((), dtype=torch.float64), (6, 5))
-    inverse = SolvedInverse(total, rough, max_iterations=2)
+    inverse = Inverse(total, CG(rough, max_iterations=2))
     with pytest.raises(
         ConvergenceError,
         match=r"relative residual of .*e-?\d+ in 3 of 3 systems after 2 iterations, not 1\.0e-08; add damping .*merge",
@@ -167,7 +168,7 @@ def test_an_indefinite_operator_is_named_as_such() -> None:
     operator = Diagonal(torch.tensor([1.0, -1.0], dtype=torch.float64))
     rough = Diagonal(torch.ones(2, dtype=torch.float64))
     with pytest.raises(ConvergenceError, match=r"v\^T M v = -?\d.* the operator is not positive definite; add damping"):
-        SolvedInverse(operator, rough) @ torch.tensor([0.0, 1.0], dtype=torch.float64)
+        Inverse(operator, CG(rough)) @ torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
 def test_single_precision_is_solved_to_what_it_can_reach() -> None:

@@ -11,15 +11,16 @@ from torch import Tensor
 import curvlib as cv
 from curvlib.errors import ArgumentError
 from curvlib.operators import (
+    CG,
     Dense,
     Diagonal,
     Eigen,
     EigenKronecker,
+    Inverse,
     Kronecker,
     LowRank,
     Operator,
     ScaledIdentity,
-    SolvedInverse,
     Sum,
     truncation_report,
 )
@@ -250,5 +251,5 @@ def test_arguments_are_checked(arguments: dict[str, float], message: str) -> Non
 
 def test_what_has_no_eigenpairs_cannot_be_truncated() -> None:
     total = Sum((Kronecker(spd(3), spd(2)), Kronecker(spd(3, 1), spd(2, 1))))
-    with pytest.raises(ArgumentError, match="SolvedInverse cannot be truncated"):
-        SolvedInverse(total, Kronecker(spd(3), spd(2)).inverse()).truncate(rank=1)
+    with pytest.raises(ArgumentError, match="Inverse cannot be truncated"):
+        Inverse(total, CG(Kronecker(spd(3), spd(2)).inverse())).truncate(rank=1)
