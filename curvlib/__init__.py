@@ -35,6 +35,7 @@ from curvlib.operators import (
     Dense,
     DenseBlocks,
     Diagonal,
+    Eigen,
     EigenKronecker,
     EigenSketch,
     FactoredTikhonov,
@@ -55,7 +56,6 @@ from curvlib.operators import (
     solve,
     truncation_report,
 )
-from curvlib.operators.solvers import Eigen
 from curvlib.optim import apply_updates
 from curvlib.pytree import ravel, unravel
 from curvlib.spectrum import low_rank

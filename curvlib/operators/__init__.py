@@ -14,14 +14,14 @@ from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.kronecker_side import KroneckerBasis, KroneckerSide
 from curvlib.operators.layout import Layout, Region
 from curvlib.operators.low_rank import LowRank
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.operators.nearest import nearest_kronecker
 from curvlib.operators.projection import Projection
 from curvlib.operators.scaled_power import ScaledPower
 from curvlib.operators.shifted import Shifted
 from curvlib.operators.simultaneous import SimultaneousKronecker
 from curvlib.operators.sketch import Sketch, sketch
-from curvlib.operators.solvers import Cholesky
+from curvlib.operators.solvers import Cholesky, Eigen
 from curvlib.operators.sums import Sum
 from curvlib.operators.truncation import TruncationReport, truncation_report
 
@@ -37,6 +37,7 @@ __all__ = [
     "DenseBlocks",
     "Diagonal",
     "Difference",
+    "EigenMatrix",
     "Eigen",
     "EigenKronecker",
     "EigenSketch",

@@ -16,7 +16,7 @@ from curvlib.linalg.eigh import eigh
 from curvlib.operators.base import Operator, remembered
 from curvlib.operators.bases import Basis, CanonicalBasis
 from curvlib.operators.damping import Damping
-from curvlib.operators.matrices import Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.matrices import Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.pytree import register
 
 Stacks = tuple[Tensor, ...]  # of blocks [*, b, w, w], in the order of the rows
@@ -223,21 +223,21 @@ class DenseBlocks(Matrix):
         return torch.stack(products).sum(0)
 
     @remembered
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         values, vectors = zip(*map(eigh, self.stacks), strict=True)
-        return Eigen(BlockBasis(vectors), together([x.flatten(-2) for x in values], -1))
+        return EigenMatrix(BlockBasis(vectors), together([x.flatten(-2) for x in values], -1))
 
     def matrices(self) -> Tensor:
         like = self.stacks[0]
         return self.left(torch.eye(self.shape[-1], dtype=like.dtype, device=like.device))
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
         return self.eigen().map_eigenvalues(fn)
 
-    def damp(self, damping: Damping | float | Tensor) -> Eigen:
+    def damp(self, damping: Damping | float | Tensor) -> EigenMatrix:
         return self.eigen().damp(damping)
 
-    def _power(self, exponent: float, *, damped: bool) -> Eigen:
+    def _power(self, exponent: float, *, damped: bool) -> EigenMatrix:
         return self.eigen()._power(exponent, damped=damped)
 
     def _scale(self, factor: float | Tensor) -> DenseBlocks:
@@ -255,7 +255,7 @@ def block_runs_of(matrix: Matrix) -> Runs | None:
     match matrix:
         case DenseBlocks():
             return matrix.runs
-        case Eigen(basis=BlockBasis() as basis):
+        case EigenMatrix(basis=BlockBasis() as basis):
             return basis.runs
     return None
 
@@ -272,10 +272,10 @@ def diagonal_blocks(matrix: Matrix, runs: Runs) -> Stacks:
     match matrix:
         case DenseBlocks() if matrix.runs == runs:
             return matrix.stacks
-        case Eigen(basis=BlockBasis() as basis) if basis.runs == runs:
+        case EigenMatrix(basis=BlockBasis() as basis) if basis.runs == runs:
             values = cut(matrix.values, runs, -1)
             return tuple((q * v.unsqueeze(-2)) @ q.mT for q, v in zip(basis.vectors, values, strict=True))
-        case Diagonal() | ScaledIdentity() | Eigen(basis=CanonicalBasis()):
+        case Diagonal() | ScaledIdentity() | EigenMatrix(basis=CanonicalBasis()):
             return tuple(map(torch.diag_embed, cut(matrix.diag(), runs, -1)))
     return tuple(blocks_by_products(matrix, runs))
 

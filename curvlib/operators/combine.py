@@ -11,7 +11,7 @@ from curvlib.operators.block_side import DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.kronecker_side import KroneckerSide
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.operators.scaled_power import ScaledPower, as_matrix
 from curvlib.operators.sums import Sum
 from curvlib.operators.vectors import widest
@@ -112,7 +112,7 @@ def merge(a: Operator, b: Operator, weights: Weights) -> Operator:
             return ScaledIdentity(wa * a.scale + wb * b.scale, a.vector)
         case Sum(), Sum() if len(a.terms) == len(b.terms):
             return Sum(tuple(merge(x, y, weights) for x, y in zip(a.terms, b.terms, strict=True)))
-        case ((Eigen() | EigenKronecker()), _):
+        case ((EigenMatrix() | EigenKronecker()), _):
             raise NotKroneckerError(
                 "operators in eigen-form have different eigenvectors and no factors left to merge; merge the factors "
                 "first and take inverses and powers of the result"

@@ -18,7 +18,7 @@ from curvlib.errors import ArgumentError, ShapeError
 from curvlib.operators.base import Operator, remembered
 from curvlib.operators.bases import Basis
 from curvlib.operators.damping import Damping
-from curvlib.operators.matrices import Eigen, Matrix
+from curvlib.operators.matrices import EigenMatrix, Matrix
 from curvlib.pytree import register
 
 Map = Callable[[Tensor], Tensor]
@@ -177,7 +177,7 @@ class KroneckerSide(Matrix):
         return self.eigen().inner(other)
 
     @remembered
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         parts = [factor.eigen() for factor in self.factors]
         for part in parts:
             if part.values.shape[-1] != part.basis.width:
@@ -185,7 +185,7 @@ class KroneckerSide(Matrix):
                     f"a factor of width {part.basis.width} has {part.values.shape[-1]} eigenvalues, the last of which "
                     "stands for all others; use factors that have one a row"
                 )
-        return Eigen(KroneckerBasis(tuple(part.basis for part in parts)), outer([part.values for part in parts]))
+        return EigenMatrix(KroneckerBasis(tuple(part.basis for part in parts)), outer([part.values for part in parts]))
 
     def matrices(self) -> Tensor:
         def kron(a: Tensor, b: Tensor) -> Tensor:
@@ -193,10 +193,10 @@ class KroneckerSide(Matrix):
 
         return functools.reduce(kron, [factor.matrices() for factor in self.factors])
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
         return self.eigen().map_eigenvalues(fn)
 
-    def damp(self, damping: Damping | float | Tensor) -> Eigen:
+    def damp(self, damping: Damping | float | Tensor) -> EigenMatrix:
         return self.eigen().damp(damping)
 
     def _power(self, exponent: float, *, damped: bool) -> KroneckerSide:

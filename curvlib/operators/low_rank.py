@@ -12,7 +12,7 @@ from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_updat
 from curvlib.operators.base import Operator, powers
 from curvlib.operators.bases import LowRankBasis
 from curvlib.operators.damping import Damping, as_damping, shift
-from curvlib.operators.matrices import Eigen, Matrix
+from curvlib.operators.matrices import EigenMatrix, Matrix
 from curvlib.pytree import register
 
 
@@ -51,7 +51,7 @@ class LowRank(Matrix):
                 f"{tuple(self.remainder.shape)} should have the shapes [*, d, k], [*, k] and [*]"
             )
         if rank >= width:
-            raise ShapeError(f"{rank} vectors of width {width} leave no remainder; use Eigen, or Dense")
+            raise ShapeError(f"{rank} vectors of width {width} leave no remainder; use EigenMatrix, or Dense")
 
     @classmethod
     def of_rows(cls, rows: Tensor, rank: int, *, generator: torch.Generator | None = None) -> LowRank:
@@ -105,8 +105,8 @@ class LowRank(Matrix):
         inside = (self.vectors * other.left(self.vectors)).sum(-2)  # u_i^T N u_i
         return self.remainder * other.traces() + (self.excess() * inside).sum(-1)
 
-    def eigen(self) -> Eigen:
-        return Eigen(LowRankBasis(self.vectors), self.joined())
+    def eigen(self) -> EigenMatrix:
+        return EigenMatrix(LowRankBasis(self.vectors), self.joined())
 
     def joined(self) -> Tensor:
         """All k + 1 eigenvalues [*, k + 1], the remainder last."""

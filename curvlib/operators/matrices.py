@@ -41,7 +41,7 @@ class Matrix(Operator):
         """Tr(M N) with another matrix on the same vectors, [*]."""
 
     @abstractmethod
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         """The matrix in its eigenbasis."""
 
     @abstractmethod
@@ -136,20 +136,20 @@ class Dense(Matrix):
         return (self.matrix * other.matrices()).sum((-2, -1))
 
     @remembered
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         values, vectors = eigh(self.matrix)
-        return Eigen(OrthogonalBasis(vectors), values)
+        return EigenMatrix(OrthogonalBasis(vectors), values)
 
     def matrices(self) -> Tensor:
         return self.matrix
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
         return self.eigen().map_eigenvalues(fn)
 
-    def damp(self, damping: Damping | float | Tensor) -> Eigen:
+    def damp(self, damping: Damping | float | Tensor) -> EigenMatrix:
         return self.eigen().damp(damping)
 
-    def _power(self, exponent: float, *, damped: bool) -> Eigen:
+    def _power(self, exponent: float, *, damped: bool) -> EigenMatrix:
         return self.eigen()._power(exponent, damped=damped)
 
     def _scale(self, factor: float | Tensor) -> Dense:
@@ -195,8 +195,8 @@ class Diagonal(Matrix):
     def inner(self, other: Matrix) -> Tensor:
         return (self.values * other.diag()).sum(-1)
 
-    def eigen(self) -> Eigen:
-        return Eigen(CanonicalBasis(self.values.shape[-1]), self.values)
+    def eigen(self) -> EigenMatrix:
+        return EigenMatrix(CanonicalBasis(self.values.shape[-1]), self.values)
 
     def matrices(self) -> Tensor:
         return torch.diag_embed(self.values)
@@ -255,8 +255,8 @@ class ScaledIdentity(Matrix):
     def inner(self, other: Matrix) -> Tensor:
         return (self.diag() * other.diag()).sum(-1)
 
-    def eigen(self) -> Eigen:
-        return Eigen(CanonicalBasis(self.vector[-1]), self.diag())
+    def eigen(self) -> EigenMatrix:
+        return EigenMatrix(CanonicalBasis(self.vector[-1]), self.diag())
 
     def matrices(self) -> Tensor:
         return torch.diag_embed(self.diag())
@@ -278,7 +278,7 @@ class ScaledIdentity(Matrix):
 
 
 @register
-class Eigen(Matrix):
+class EigenMatrix(Matrix):
     """Q diag(l) Q^T, kept in its eigenbasis: two products an application, none to take a power.
 
     Args:
@@ -311,23 +311,23 @@ class Eigen(Matrix):
     def inner(self, other: Matrix) -> Tensor:
         return (self.values * self.basis.forms(other)).sum(-1)
 
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         return self
 
     def matrices(self) -> Tensor:
         return self.left(torch.eye(self.basis.width, dtype=self.values.dtype, device=self.values.device))
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
-        return Eigen(self.basis, fn(self.values))
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
+        return EigenMatrix(self.basis, fn(self.values))
 
-    def damp(self, damping: Damping | float | Tensor) -> Eigen:
-        return Eigen(self.basis, self.values + shift(as_damping(damping), self.mean_eigenvalue()))
+    def damp(self, damping: Damping | float | Tensor) -> EigenMatrix:
+        return EigenMatrix(self.basis, self.values + shift(as_damping(damping), self.mean_eigenvalue()))
 
-    def _power(self, exponent: float, *, damped: bool) -> Eigen:
-        return Eigen(self.basis, powers(self.values, exponent, damped=damped))
+    def _power(self, exponent: float, *, damped: bool) -> EigenMatrix:
+        return EigenMatrix(self.basis, powers(self.values, exponent, damped=damped))
 
-    def _scale(self, factor: float | Tensor) -> Eigen:
-        return Eigen(self.basis, factor * self.values)
+    def _scale(self, factor: float | Tensor) -> EigenMatrix:
+        return EigenMatrix(self.basis, factor * self.values)
 
     def _add(self, other: Operator) -> Operator | None:
         return None

@@ -19,7 +19,7 @@ from curvlib.operators.base import Operator
 from curvlib.operators.bases import Basis, CanonicalBasis
 from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.operators.rearranged import leading_triples
 from curvlib.operators.shifted import Shifted
 from curvlib.operators.sum_inverses import as_product, identity
@@ -151,7 +151,7 @@ def multiplicities(basis: Basis, count: int, like: Tensor) -> Tensor:
 
 def in_basis(basis: Basis, values: Tensor) -> Matrix:
     """The matrix with these eigenvectors and eigenvalues."""
-    return Diagonal(values) if isinstance(basis, CanonicalBasis) else Eigen(basis, values)
+    return Diagonal(values) if isinstance(basis, CanonicalBasis) else EigenMatrix(basis, values)
 
 
 def combined(products: list[Kronecker | None], terms: int) -> Operator | None:

@@ -17,7 +17,7 @@ from curvlib.operators.block_side import DenseBlocks
 from curvlib.operators.damping import Damping
 from curvlib.operators.interfaces import Recast
 from curvlib.operators.kronecker_side import KroneckerSide
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.pytree import register, static
 
 
@@ -88,17 +88,17 @@ class ScaledPower(Matrix, Recast):
         return self.scale * self.powered().inner(other)
 
     @remembered
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         eigen = self.powered().eigen()
-        return Eigen(eigen.basis, self.scale.unsqueeze(-1) * eigen.values)
+        return EigenMatrix(eigen.basis, self.scale.unsqueeze(-1) * eigen.values)
 
     def matrices(self) -> Tensor:
         return self.scale[..., None, None] * self.powered().matrices()
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
         return self.eigen().map_eigenvalues(fn)
 
-    def damp(self, damping: Damping | float | Tensor) -> Eigen:
+    def damp(self, damping: Damping | float | Tensor) -> EigenMatrix:
         return self.eigen().damp(damping)
 
     def _power(self, exponent: float, *, damped: bool) -> ScaledPower:
@@ -149,4 +149,4 @@ def times(matrix: Matrix, factor: Tensor) -> Matrix:
         case ScaledPower():
             return matrix._scale(factor)
     eigen = matrix.eigen()
-    return Eigen(eigen.basis, factor.unsqueeze(-1) * eigen.values)
+    return EigenMatrix(eigen.basis, factor.unsqueeze(-1) * eigen.values)

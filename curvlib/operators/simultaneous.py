@@ -24,7 +24,7 @@ from curvlib.operators.damping import Damping
 from curvlib.operators.interfaces import Determinant
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.lazy import Lazy, dense_operator
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity, normal
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity, normal
 from curvlib.operators.vectors import check_shape
 from curvlib.pytree import Domain, register
 
@@ -202,12 +202,12 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
 
 def is_dense(side: Matrix) -> bool:
     """Whether a side is kept as a dense matrix."""
-    return isinstance(side, Dense) or (isinstance(side, Eigen) and isinstance(side.basis, OrthogonalBasis))
+    return isinstance(side, Dense) or (isinstance(side, EigenMatrix) and isinstance(side.basis, OrthogonalBasis))
 
 
 def is_diagonal(side: Matrix) -> bool:
     """Whether a side is kept as a diagonal."""
-    canonical = isinstance(side, Eigen) and isinstance(side.basis, CanonicalBasis)
+    canonical = isinstance(side, EigenMatrix) and isinstance(side.basis, CanonicalBasis)
     return canonical or isinstance(side, (Diagonal, ScaledIdentity))
 
 

@@ -17,8 +17,7 @@ from curvlib.operators.inverse import Solver
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.lazy import Invertible, dense_operator
 from curvlib.operators.low_rank import LowRank
-from curvlib.operators.matrices import Dense, Diagonal, Matrix, ScaledIdentity
-from curvlib.operators.matrices import Eigen as EigenMatrix
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.operators.whole import whole
 
 Strength = Damping | float | Tensor

@@ -14,7 +14,7 @@ from curvlib.operators.blocks import BlockDiagonal
 from curvlib.operators.damping import Tikhonov
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.low_rank import LowRank
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix, ScaledIdentity
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.operators.simultaneous import Columns, SimultaneousKronecker, frames, inverse_of_two, mapped, values_in
 
 Terms = tuple[Operator, ...]
@@ -82,8 +82,8 @@ def moved(side: Matrix, factor: Tensor, shift: Tensor) -> Matrix:
     match side:
         case Diagonal(values=values):
             return Diagonal(factor * values + shift)
-        case Eigen(basis=basis, values=values):
-            return Eigen(basis, factor * values + shift)
+        case EigenMatrix(basis=basis, values=values):
+            return EigenMatrix(basis, factor * values + shift)
         case DenseBlocks():
             shifts = diagonal_blocks(ScaledIdentity(shift, side.shape), side.runs)
             return side.map_stacks(lambda stack, added: factor * stack + added, shifts)

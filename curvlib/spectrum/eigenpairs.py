@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlib.errors import ArgumentError, naming
 from curvlib.linalg.lanczos import block_lanczos, normal
-from curvlib.operators import BlockDiagonal, Eigen, LowRank, Operator, OrthogonalBasis
+from curvlib.operators import BlockDiagonal, EigenMatrix, LowRank, Operator, OrthogonalBasis
 from curvlib.operators.base import check_operator
 from curvlib.operators.whole import whole
 from curvlib.pytree import Domain, Tree, register, tree_map
@@ -60,7 +60,7 @@ class Eigenpairs:
         columns = torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1).mT
         size, rank = columns.shape
         if rank == size:
-            return whole(Eigen(OrthogonalBasis(columns), self.values), domain)
+            return whole(EigenMatrix(OrthogonalBasis(columns), self.values), domain)
         remainder = torch.zeros_like(self.values[0]) if trace is None else (trace - self.values.sum()) / (size - rank)
         return whole(LowRank(columns, self.values, remainder), domain)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +25,16 @@ from curvlib.spectrum.flat import Flat, at_least, chosen, flattened
 
 Estimator = Callable[[Matmat, int, int, torch.Generator, Tensor], tuple[Tensor, Tensor]]
 
-TRACE_METHODS: dict[str, Estimator] = {
+TraceMethod = Literal["xtrace", "hutch++", "hutchinson"]
+DiagonalMethod = Literal["xdiag", "hutchinson"]
+
+TRACE_METHODS: dict[TraceMethod, Estimator] = {
     "xtrace": leave_one_out_trace,
     "hutch++": deflated_trace,
     "hutchinson": hutchinson_trace,
 }
 FEWEST = {"hutchinson": 2, "hutch++": 6}  # samples; 4 for the others
-DIAGONAL_METHODS: dict[str, Estimator] = {"xdiag": leave_one_out_diagonal, "hutchinson": hutchinson_diagonal}
+DIAGONAL_METHODS: dict[DiagonalMethod, Estimator] = {"xdiag": leave_one_out_diagonal, "hutchinson": hutchinson_diagonal}
 
 
 @register
@@ -46,7 +50,7 @@ def trace(
     samples: int = 32,
     generator: torch.Generator | None = None,
     *,
-    method: str = "xtrace",
+    method: TraceMethod = "xtrace",
     batch_size: int | None = None,
     like: Tree | None = None,
     progress: bool = False,
@@ -90,7 +94,7 @@ def diagonal(
     samples: int = 32,
     generator: torch.Generator | None = None,
     *,
-    method: str = "xdiag",
+    method: DiagonalMethod = "xdiag",
     batch_size: int | None = None,
     like: Tree | None = None,
     progress: bool = False,
@@ -129,7 +133,7 @@ def diagonal(
         return Estimate(*(flat.vector(x) for x in found))
 
 
-def check(samples: int, batch_size: int | None, method: str, methods: dict[str, Estimator]) -> None:
+def check(samples: int, batch_size: int | None, method: str, methods: Mapping[Any, Estimator]) -> None:
     """Refuses what no estimate can be made from."""
     if method not in methods:
         raise ArgumentError(f"method must be one of {', '.join(methods)}, got {method!r}")

@@ -23,8 +23,8 @@ from curvlib.operators import (
     Dense,
     DenseBlocks,
     Diagonal,
-    Eigen,
     EigenKronecker,
+    EigenMatrix,
     FactoredTikhonov,
     Inverse,
     Kronecker,
@@ -145,7 +145,7 @@ def side(kind: str, shape: tuple[int, ...], random: Random) -> tuple[Matrix, Ten
             return ScaledIdentity(scale, shape), scale * identity
         case "eigen":
             values, q = random.positive(*shape), random.orthogonal(*shape)
-            return Eigen(OrthogonalBasis(q), values), conjugated(q, values)
+            return EigenMatrix(OrthogonalBasis(q), values), conjugated(q, values)
         case "dense blocks":
             blocks = [random.definite(*shape[:-1], *run) for run in block_runs(width, 2)]
             return DenseBlocks(tuple(blocks)), joined(blocks)
@@ -154,10 +154,10 @@ def side(kind: str, shape: tuple[int, ...], random: Random) -> tuple[Matrix, Ten
                 [random.orthogonal(*shape[:-1], *run) for run in block_runs(width, 2)],
                 random.positive(*shape),
             )
-            return Eigen(BlockBasis(tuple(vectors)), values), conjugated(joined(vectors), values)
+            return EigenMatrix(BlockBasis(tuple(vectors)), values), conjugated(joined(vectors), values)
         case _:
             values = random.positive(*shape)
-            return Eigen(CanonicalBasis(width), values), values.unsqueeze(-1) * identity
+            return EigenMatrix(CanonicalBasis(width), values), values.unsqueeze(-1) * identity
 
 
 def joined(stacks: Sequence[Tensor]) -> Tensor:

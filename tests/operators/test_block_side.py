@@ -15,8 +15,8 @@ from curvlib.operators import (
     BlockBasis,
     Dense,
     DenseBlocks,
-    Eigen,
     EigenKronecker,
+    EigenMatrix,
     FactoredTikhonov,
     Inverse,
     Kronecker,
@@ -118,7 +118,7 @@ def test_rows_of_the_basis_are_eigenvectors_with_the_eigenvalues_of_their_number
 def test_powers_stay_in_the_basis_of_the_blocks() -> None:
     curv, dense = blocks(7, 3)
     for power in (curv.inverse(0.1), curv.power(-0.5), curv.damp(RelativeTikhonov(0.1)).power(2)):
-        assert isinstance(power, Eigen)
+        assert isinstance(power, EigenMatrix)
         assert isinstance(power.basis, BlockBasis)
     assert_close(curv.power(-0.5).to_dense(), matrix_function(dense, lambda x: x**-0.5))
 

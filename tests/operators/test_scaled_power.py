@@ -15,7 +15,7 @@ from curvlib.operators import (
     Damping,
     Dense,
     Diagonal,
-    Eigen,
+    EigenMatrix,
     Kronecker,
     KroneckerSide,
     Matrix,
@@ -194,7 +194,7 @@ def test_powers_that_cannot_be_merged_say_so() -> None:
     base, one = Dense(torch.eye(2)), torch.tensor(1.0)
     with pytest.raises(PytreeError, match=r"powers 0\.5 and 1\.0"):
         ema(ScaledPower(base, one, 0.5), ScaledPower(base, one, 1.0), 0.5)
-    eigen = Eigen(OrthogonalBasis(torch.eye(2)), torch.ones(2))
+    eigen = EigenMatrix(OrthogonalBasis(torch.eye(2)), torch.ones(2))
     with pytest.raises(NotKroneckerError, match="eigen-form"):
         ema(ScaledPower(eigen, one, 0.5), ScaledPower(eigen, one, 0.5), 0.5)
 

@@ -14,8 +14,8 @@ from curvlib.operators import (
     CG,
     Dense,
     Diagonal,
-    Eigen,
     EigenKronecker,
+    EigenMatrix,
     Inverse,
     Kronecker,
     LowRank,
@@ -66,7 +66,7 @@ def test_a_matrix_keeps_its_leading_eigenpairs(rank: int, front: tuple[int, ...]
     matrix = Random(generator(0)).definite(*front, 5)
     truncated = Dense(matrix).truncate(rank)
     assert_close(truncated.matrices(), by_hand(matrix, rank))
-    assert isinstance(truncated, LowRank if rank < 5 else Eigen)
+    assert isinstance(truncated, LowRank if rank < 5 else EigenMatrix)
     assert_close(truncated.truncate(1).matrices(), by_hand(by_hand(matrix, rank), 1))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, ConvergenceError, SingularError
-from curvlib.operators import BlockDiagonal, Dense, Eigen, LowRank, Operator, RelativeTikhonov
+from curvlib.operators import BlockDiagonal, Dense, EigenMatrix, LowRank, Operator, RelativeTikhonov
 from curvlib.operators.whole import whole
 from curvlib.pytree import Domain, unravel
 from curvlib.spectrum import Eigenpairs, low_rank, top_eigenvalues, trace
@@ -65,7 +65,7 @@ def test_it_is_the_best_of_its_rank(rank: int) -> None:
     approximation = approximate(operator, rank)
     assert_close(approximation.to_dense(), best(dense, rank), EXACT)
     assert int(torch.linalg.matrix_rank(approximation.to_dense(), atol=1e-9)) == rank
-    assert isinstance(approximation.blocks["params"], LowRank if rank < SIZE else Eigen)
+    assert isinstance(approximation.blocks["params"], LowRank if rank < SIZE else EigenMatrix)
 
 
 @pytest.mark.parametrize("rank", range(1, SIZE))
