@@ -25,6 +25,7 @@ from curvlib.optim.soap import scale_by_soap
 from curvlib.optim.transformation import (
     ChainState,
     GradientTransformation,
+    PerLeaf,
     Stateless,
     apply_updates,
     chain,
@@ -45,6 +46,7 @@ __all__ = [
     "MomentumState",
     "MuonState",
     "PartitionState",
+    "PerLeaf",
     "Refresh",
     "RotatedState",
     "Schedule",

@@ -55,6 +55,24 @@ class GradientTransformation:
 
 
 @register
+class PerLeaf:
+    """What a state knows of every leaf of params, one entry a leaf: the states of single leaves can be taken apart.
+
+    Whatever of a state is not in a `PerLeaf`, such as the number of steps, is shared by all leaves.
+
+    Args:
+        entries: in the order of ``flatten(params)``: tensors, or registered dataclasses or tuples of tensors.
+
+    Example:
+        >>> moments = PerLeaf((torch.zeros(2), torch.zeros(3)))
+        >>> [leaf.shape for leaf in flatten(moments)[0]]
+        [torch.Size([2]), torch.Size([3])]
+    """
+
+    entries: tuple[Any, ...]
+
+
+@register
 class Stateless:
     """The state of a transformation that remembers nothing.
 
