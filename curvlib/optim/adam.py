@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from curvlib.optim.arguments import at_least_zero, below_one
 from curvlib.optim.momentum import zeros
-from curvlib.optim.transformation import GradientTransformation, first_step, leaves_like
-from curvlib.pytree import Tree, flatten, register, tree_map, unflatten
+from curvlib.optim.transformation import GradientTransformation, PerLeaf, first_step, gradients_like, own_state
+from curvlib.pytree import Tree, register, unflatten
 
 
 @register
@@ -17,12 +19,12 @@ class AdamState:
 
     Args:
         count: 0-d int64 tensor on the CPU.
-        first, second: moving averages of g and g * g, pytrees like params (float32 for half precision).
+        first, second: moving averages of g and g * g, a tensor a leaf (float32 for half precision).
     """
 
     count: Tensor
-    first: Tree
-    second: Tree
+    first: PerLeaf
+    second: PerLeaf
 
 
 def scale_by_adam(
@@ -55,15 +57,16 @@ def scale_by_adam(
     at_least_zero("eps", eps)
 
     def init(params: Tree) -> AdamState:
-        return AdamState(first_step(), tree_map(zeros, params), tree_map(zeros, params))
+        return AdamState(first_step(), zeros(params), zeros(params))
 
-    def update(grads: Tree, state: AdamState, params: Tree | None = None) -> tuple[Tree, AdamState]:
-        firsts, structure = flatten(state.first)
-        seconds, _ = flatten(state.second)
-        gradients = [g.to(m.dtype) for g, m in zip(leaves_like(state.first, grads), firsts, strict=True)]
-        firsts = [torch.lerp(m, g, 1 - betas[0]) for m, g in zip(firsts, gradients, strict=True)]
+    def update(grads: Tree, state: AdamState, params: Tree | None = None, **extra: Any) -> tuple[Tree, AdamState]:
+        old = own_state(state, AdamState, "scale_by_adam").first.entries
+        leaves, structure = gradients_like(grads, state.first, params)
+        gradients = [g.to(m.dtype) for g, m in zip(leaves, old, strict=True)]
+        firsts = [torch.lerp(m, g, 1 - betas[0]) for m, g in zip(old, gradients, strict=True)]
         seconds = [
-            torch.addcmul(betas[1] * v, g, g, value=1 - betas[1]) for v, g in zip(seconds, gradients, strict=True)
+            torch.addcmul(betas[1] * v, g, g, value=1 - betas[1])
+            for v, g in zip(state.second.entries, gradients, strict=True)
         ]
         step = state.count + 1
         if bias_correction:
@@ -71,8 +74,7 @@ def scale_by_adam(
             updates = [factor * m / (v.sqrt() + shift) for m, v in zip(firsts, seconds, strict=True)]
         else:
             updates = [m / (v.sqrt() + eps) for m, v in zip(firsts, seconds, strict=True)]
-        new = AdamState(step, unflatten(structure, firsts), unflatten(structure, seconds))
-        return unflatten(structure, updates), new
+        return unflatten(structure, updates), AdamState(step, PerLeaf(tuple(firsts)), PerLeaf(tuple(seconds)))
 
     return GradientTransformation(init, update)
 

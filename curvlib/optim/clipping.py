@@ -40,7 +40,7 @@ def clip_by_global_norm(limit: float) -> GradientTransformation:
         factor = shrinking(torch.linalg.vector_norm(torch.stack(wide(norms))), limit)
         return tree_map(lambda leaf: leaf * factor.to(leaf.device, leaf.dtype, non_blocking=True), grads)
 
-    return stateless(update)
+    return stateless("clip_by_global_norm", update)
 
 
 def clip_by_norm(limit: float) -> GradientTransformation:
@@ -60,7 +60,8 @@ def clip_by_norm(limit: float) -> GradientTransformation:
     """
     above_zero("limit", limit)
     return stateless(
-        lambda grads, params: tree_map(lambda leaf: leaf * shrinking(norm(leaf), limit).to(leaf.dtype), grads)
+        "clip_by_norm",
+        lambda grads, params: tree_map(lambda leaf: leaf * shrinking(norm(leaf), limit).to(leaf.dtype), grads),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from curvlib.optim.clipping import norm
-from curvlib.optim.transformation import GradientTransformation, State
+from curvlib.optim.transformation import GradientTransformation, State, own_state
 from curvlib.pytree import Tree, register, tree_map
 
 
@@ -40,9 +42,10 @@ def graft(direction: GradientTransformation, magnitude: GradientTransformation) 
     def init(params: Tree) -> GraftState:
         return GraftState(direction.init(params), magnitude.init(params))
 
-    def update(grads: Tree, state: GraftState, params: Tree | None = None) -> tuple[Tree, GraftState]:
-        directions, direction_state = direction.update(grads, state.direction, params)
-        magnitudes, magnitude_state = magnitude.update(grads, state.magnitude, params)
+    def update(grads: Tree, state: GraftState, params: Tree | None = None, **extra: Any) -> tuple[Tree, GraftState]:
+        state = own_state(state, GraftState, "graft")
+        directions, direction_state = direction.update(grads, state.direction, params, **extra)
+        magnitudes, magnitude_state = magnitude.update(grads, state.magnitude, params, **extra)
         return tree_map(with_norm_of, directions, magnitudes), GraftState(direction_state, magnitude_state)
 
     return GradientTransformation(init, update)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlib.linalg.gram import full_precision
 from curvlib.optim.arguments import below_one
-from curvlib.optim.transformation import GradientTransformation, first_step, leaves_like
-from curvlib.pytree import Tree, flatten, register, tree_map, unflatten
+from curvlib.optim.transformation import GradientTransformation, PerLeaf, first_step, gradients_like, own_state
+from curvlib.pytree import Tree, flatten, register, unflatten
 
 
 @register
@@ -19,11 +20,11 @@ class MomentumState:
 
     Args:
         count: 0-d int64 tensor on the CPU.
-        velocity: pytree like params (float32 for half precision).
+        velocity: a tensor a leaf (float32 for half precision).
     """
 
     count: Tensor
-    velocity: Tree
+    velocity: PerLeaf
 
 
 def heavy_ball(decay: float, *, dampening: float = 0.0) -> GradientTransformation:
@@ -46,7 +47,7 @@ def heavy_ball(decay: float, *, dampening: float = 0.0) -> GradientTransformatio
         >>> transformation.update(torch.ones(1), state)[0]
         tensor([1.5000])
     """
-    return with_velocity(decay, dampening, lambda gradient, velocity: velocity)
+    return with_velocity("heavy_ball", decay, dampening, lambda gradient, velocity: velocity)
 
 
 def nesterov(decay: float) -> GradientTransformation:
@@ -66,38 +67,41 @@ def nesterov(decay: float) -> GradientTransformation:
         >>> transformation.update(torch.ones(1), transformation.init(torch.zeros(1)))[0]
         tensor([1.5000])
     """
-    return with_velocity(decay, 0.0, lambda gradient, velocity: torch.add(gradient, velocity, alpha=decay))
+    return with_velocity("nesterov", decay, 0.0, lambda gradient, velocity: torch.add(gradient, velocity, alpha=decay))
 
 
 def with_velocity(
-    decay: float, dampening: float, combined: Callable[[Tensor, Tensor], Tensor]
+    name: str, decay: float, dampening: float, combined: Callable[[Tensor, Tensor], Tensor]
 ) -> GradientTransformation:
     """The transformation whose updates are made of a gradient and the new velocity, leaf by leaf."""
     below_one("decay", decay)
     below_one("dampening", dampening)
 
     def init(params: Tree) -> MomentumState:
-        return MomentumState(first_step(), tree_map(zeros, params))
+        return MomentumState(first_step(), zeros(params))
 
-    def update(grads: Tree, state: MomentumState, params: Tree | None = None) -> tuple[Tree, MomentumState]:
-        old, structure = flatten(state.velocity)
-        gradients = [g.to(v.dtype) for g, v in zip(leaves_like(state.velocity, grads), old, strict=True)]
+    def update(
+        grads: Tree, state: MomentumState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, MomentumState]:
+        old = own_state(state, MomentumState, name).velocity.entries
+        leaves, structure = gradients_like(grads, state.velocity, params)
+        gradients = [g.to(v.dtype) for g, v in zip(leaves, old, strict=True)]
         pushes = gradients
         if dampening:
             weight = 1 - dampening * (state.count > 0).double()
             pushes = [weight.to(g.dtype) * g for g in gradients]  # a scalar leaf would become float64
         new = [torch.add(push, v, alpha=decay) for push, v in zip(pushes, old, strict=True)]
         updates = [combined(g, v) for g, v in zip(gradients, new, strict=True)]
-        return unflatten(structure, updates), MomentumState(state.count + 1, unflatten(structure, new))
+        return unflatten(structure, updates), MomentumState(state.count + 1, PerLeaf(tuple(new)))
 
     return GradientTransformation(init, update)
 
 
-def zeros(param: Tensor) -> Tensor:
-    """Where an average over steps starts: zeros like a parameter, float32 for half precision.
+def zeros(params: Tree) -> PerLeaf:
+    """Where an average over steps starts: zeros like every parameter, float32 for half precision.
 
     Example:
-        >>> zeros(torch.ones(2, dtype=torch.bfloat16)).dtype
-        torch.float32
+        >>> zeros({"w": torch.ones(2, dtype=torch.bfloat16)}).entries
+        (tensor([0., 0.]),)
     """
-    return torch.zeros_like(full_precision(param.detach()))
+    return PerLeaf(tuple(torch.zeros_like(full_precision(param.detach())) for param in flatten(params)[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,17 +13,17 @@ from curvlib.errors import ArgumentError, ShapeError
 from curvlib.linalg.polar import polar
 from curvlib.optim.arguments import below_one
 from curvlib.optim.momentum import zeros
-from curvlib.optim.transformation import GradientTransformation, leaves_like
-from curvlib.pytree import Tree, flatten, names, register, tree_map, unflatten
+from curvlib.optim.transformation import GradientTransformation, PerLeaf, gradients_like, own_state
+from curvlib.pytree import Tree, flatten, names, register, unflatten
 
 Scaling = Literal["spectral", "rms"]
 
 
 @register
 class MuonState:
-    """The moving average of gradients, a pytree like params (float32 for half precision)."""
+    """The moving average of gradients, a tensor a leaf (float32 for half precision)."""
 
-    momentum: Tree
+    momentum: PerLeaf
 
 
 def scale_by_muon(
@@ -78,16 +78,17 @@ def scale_by_muon(
                     "give others to another optimizer: "
                     "partition({'matrix': muon(...), 'rest': adamw(...)}, matrices_or_rest)"
                 )
-        return MuonState(tree_map(zeros, params))
+        return MuonState(zeros(params))
 
-    def update(grads: Tree, state: MuonState, params: Tree | None = None) -> tuple[Tree, MuonState]:
-        old, structure = flatten(state.momentum)
-        gradients = [g.to(b.dtype) for g, b in zip(leaves_like(state.momentum, grads), old, strict=True)]
+    def update(grads: Tree, state: MuonState, params: Tree | None = None, **extra: Any) -> tuple[Tree, MuonState]:
+        old = own_state(state, MuonState, "scale_by_muon").momentum.entries
+        leaves, structure = gradients_like(grads, state.momentum, params)
+        gradients = [g.to(b.dtype) for g, b in zip(leaves, old, strict=True)]
         new = [torch.lerp(b, g, 1 - momentum) for b, g in zip(old, gradients, strict=True)]
         ahead = [torch.lerp(g, b, momentum) for b, g in zip(new, gradients, strict=True)] if nesterov else new
         factors = orthogonalized([as_matrix(leaf) for leaf in ahead], iterations, method, scaling)
         updates = [factor.reshape(leaf.shape) for factor, leaf in zip(factors, ahead, strict=True)]
-        return unflatten(structure, updates), MuonState(unflatten(structure, new))
+        return unflatten(structure, updates), MuonState(PerLeaf(tuple(new)))
 
     return GradientTransformation(init, update)
 

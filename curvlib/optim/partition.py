@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, PytreeError
-from curvlib.optim.transformation import GradientTransformation, State
+from curvlib.optim.transformation import GradientTransformation, State, own_state
 from curvlib.pytree import Tree, flatten, names, register, static, unflatten
 
 Rule = Callable[[str, Tensor], Any]
@@ -64,12 +64,15 @@ def partition(transformations: Mapping[str, GradientTransformation], labels: Rul
         parts = separated(found, chosen, params)
         return PartitionState({label: table[label].init(part) for label, part in parts.items()}, found, chosen)
 
-    def update(grads: Tree, state: PartitionState, params: Tree | None = None) -> tuple[Tree, PartitionState]:
+    def update(
+        grads: Tree, state: PartitionState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, PartitionState]:
+        state = own_state(state, PartitionState, "partition")
         own_params = separated(state.names, state.labels, params) if params is not None else {}
         updates: dict[str, Tensor] = {}
         states: dict[str, State] = {}
         for label, part in separated(state.names, state.labels, grads).items():
-            part, states[label] = table[label].update(part, state.states[label], own_params.get(label))
+            part, states[label] = table[label].update(part, state.states[label], own_params.get(label), **extra)
             updates |= part
         together = unflatten(flatten(grads)[1], [updates[name] for name in state.names])
         return together, PartitionState(states, state.names, state.labels)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvlib.linalg.eager import may_look_at
 from curvlib.optim.arguments import at_least_zero
-from curvlib.optim.transformation import GradientTransformation, first_step, stateless
+from curvlib.optim.transformation import GradientTransformation, first_step, own_state, stateless
 from curvlib.pytree import Tree, register, tree_map
 from curvlib.pytree import scale as scaled
 
@@ -25,7 +25,12 @@ def scale(factor: float | Tensor) -> GradientTransformation:
         >>> transformation.update(torch.ones(2), transformation.init(torch.ones(2)))[0]
         tensor([0.5000, 0.5000])
     """
-    return stateless(lambda grads, params: scaled(factor, grads))
+    return multiplied("scale", factor)
+
+
+def multiplied(name: str, factor: float | Tensor) -> GradientTransformation:
+    """The transformation of this name that multiplies by a number."""
+    return stateless(name, lambda grads, params: scaled(factor, grads))
 
 
 @register
@@ -54,14 +59,18 @@ def scale_by_learning_rate(learning_rate: LearningRate) -> GradientTransformatio
         >>> updates, transformation.update(torch.ones(1), state)[0]
         (tensor([-1.]), tensor([-0.5000]))
     """
+    constant = "scale_by_learning_rate with a number"
     if isinstance(learning_rate, Tensor):
-        return scale(-learning_rate)
+        return multiplied(constant, -learning_rate)
     if not callable(learning_rate):
         at_least_zero("learning_rate", learning_rate)
-        return scale(-learning_rate)
+        return multiplied(constant, -learning_rate)
     schedule = learning_rate
 
-    def update(grads: Tree, state: ScheduleState, params: Tree | None = None) -> tuple[Tree, ScheduleState]:
+    def update(
+        grads: Tree, state: ScheduleState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, ScheduleState]:
+        state = own_state(state, ScheduleState, "scale_by_learning_rate with a schedule")
         rate = schedule(int(state.count) if may_look_at(state.count) else state.count.double())
         return tree_map(lambda leaf: -rate * leaf, grads), ScheduleState(state.count + 1)
 

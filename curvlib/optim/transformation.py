@@ -1,4 +1,4 @@
-"""Gradient transformations: pairs of pure functions that turn gradients into updates, and how they are strung together.
+"""Gradient transformations: pairs of pure functions that turn gradients into updates, and chains of them.
 
 The form is optax's. A transformation never changes what it is given; its state is a pytree that the caller holds. The
 sign belongs to the chain: `scale_by_learning_rate` multiplies by -lr, so that updates are added.
@@ -7,15 +7,17 @@ sign belongs to the chain: `scale_by_learning_rate` multiplies by -lr, so that u
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from curvlib.errors import ArgumentError
-from curvlib.pytree import Domain, Tree, flatten, register, unflatten
+from curvlib.errors import ArgumentError, PytreeError, ShapeError
+from curvlib.linalg.eager import may_look_at
+from curvlib.pytree import Domain, Tree, flatten, names, register, unflatten
 
 State = Any
+S = TypeVar("S")
 
 
 class Init(Protocol):
@@ -27,7 +29,9 @@ class Init(Protocol):
 class Update(Protocol):
     """Turns gradients into updates, and a state into the next one."""
 
-    def __call__(self, grads: Tree, state: State, params: Tree | None = None, /) -> tuple[Tree, State]: ...
+    def __call__(
+        self, grads: Tree, state: State, params: Tree | None = None, /, **extra: Any
+    ) -> tuple[Tree, State]: ...
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,18 @@ class GradientTransformation:
 
     Args:
         init: params -> state.
-        update: (grads, state, params=None) -> (updates, state). Gradients and updates are pytrees like params. Only
-            some transformations need params; those that do say so when they miss them.
+        update: (grads, state, params=None, **extra) -> (updates, state). Gradients and updates are pytrees like params.
+            Only some transformations need params; those that do say so when they miss them. ``extra`` is for those
+            that know what it means (``value=``, the loss, say); all others take it and leave it alone.
+
+            One is understood by every transformation that decides something by its number of steps: ``step=``, the
+            number of this update, 1 first. Where the state's count can be read, it need not be given. Under a trace or
+            a transform, where it cannot, it is what the host decides by: whether a refresh is due, say.
 
     Example:
         >>> from curvlib.pytree import scale
         >>> halve = GradientTransformation(
-        ...     lambda params: Stateless(), lambda grads, state, params=None: (scale(0.5, grads), state)
+        ...     lambda params: Stateless(), lambda grads, state, params=None, **extra: (scale(0.5, grads), state)
         ... )
         >>> params = {"w": torch.ones(2)}
         >>> updates, state = halve.update({"w": torch.tensor([2.0, 4.0])}, halve.init(params), params)
@@ -89,16 +98,16 @@ class ChainState:
     states: tuple[State, ...]
 
 
-def stateless(update: Any) -> GradientTransformation:
-    """The transformation without a state that maps (grads, params) to updates.
+def stateless(name: str, update: Any) -> GradientTransformation:
+    """The transformation of this name, without a state, that maps (grads, params) to updates.
 
     Example:
-        >>> stateless(lambda grads, params: -grads).update(torch.ones(2), Stateless())[0]
+        >>> stateless("minus", lambda grads, params: -grads).update(torch.ones(2), Stateless())[0]
         tensor([-1., -1.])
     """
 
-    def apply(grads: Tree, state: Stateless, params: Tree | None = None) -> tuple[Tree, Stateless]:
-        return update(grads, params), state
+    def apply(grads: Tree, state: Stateless, params: Tree | None = None, **extra: Any) -> tuple[Tree, Stateless]:
+        return update(grads, params), own_state(state, Stateless, name)
 
     return GradientTransformation(lambda params: Stateless(), apply)
 
@@ -110,7 +119,7 @@ def identity() -> GradientTransformation:
         >>> identity().update(torch.ones(2), Stateless())[0]
         tensor([1., 1.])
     """
-    return stateless(lambda grads, params: grads)
+    return stateless("identity", lambda grads, params: grads)
 
 
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
@@ -128,15 +137,15 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     def init(params: Tree) -> ChainState:
         return ChainState(tuple(transformation.init(params) for transformation in transformations))
 
-    def update(grads: Tree, state: ChainState, params: Tree | None = None) -> tuple[Tree, ChainState]:
-        if len(state.states) != len(transformations):
+    def update(grads: Tree, state: ChainState, params: Tree | None = None, **extra: Any) -> tuple[Tree, ChainState]:
+        if len(own_state(state, ChainState, "chain").states) != len(transformations):
             raise ArgumentError(
                 f"state is of a chain of {len(state.states)} transformations and this one has {len(transformations)}; "
                 "make it with this chain's init"
             )
         states = []
         for transformation, old in zip(transformations, state.states, strict=True):
-            grads, new = transformation.update(grads, old, params)
+            grads, new = transformation.update(grads, old, params, **extra)
             states.append(new)
         return grads, ChainState(tuple(states))
 
@@ -172,6 +181,75 @@ def leaves_like(params: Tree, tree: Tree) -> list[Any]:
     if [getattr(leaf, "shape", None) for leaf in leaves] != [leaf.shape for leaf in expected]:
         return list(Domain.of(params).leaves(tree))  # words the error
     return leaves
+
+
+def gradients_like(grads: Tree, known: PerLeaf, params: Tree | None) -> tuple[list[Tensor], Any]:
+    """The leaves of the gradients, one for each entry of a state, and their structure.
+
+    Raises:
+        PytreeError, ShapeError: they are not like params, if those are given, or not as many as the entries, or an
+            entry that is a tensor has another shape; the message names the leaf.
+    """
+    leaves, structure = flatten(grads)
+    if params is not None:
+        leaves = leaves_like(params, grads)
+    if len(leaves) != len(known.entries):
+        raise PytreeError(
+            f"the gradients have {len(leaves)} leaves, and the state is one of {len(known.entries)}; make it with init "
+            "of these parameters"
+        )
+    for i, (leaf, entry) in enumerate(zip(leaves, known.entries, strict=True)):
+        if isinstance(entry, Tensor) and leaf.numel() != entry.numel():
+            raise ShapeError(
+                f"the gradient {names(grads)[i]!r} has shape {tuple(leaf.shape)}, and the state is one of "
+                f"{entry.numel()} elements; make it with init of these parameters"
+            )
+    return leaves, structure
+
+
+def own_state(state: State, kind: type[S], name: str) -> S:
+    """The state, if it is of the kind that the transformation ``name`` makes.
+
+    Raises:
+        ArgumentError: it is of another transformation.
+
+    Example:
+        >>> own_state(Stateless(), Stateless, "identity")
+        Stateless()
+    """
+    if not isinstance(state, kind):
+        raise ArgumentError(
+            f"{name} needs the {kind.__name__} that its init makes, and was given a {type(state).__name__}, which "
+            "another transformation makes"
+        )
+    return state
+
+
+def number_of(count: Tensor, step: int | None) -> int:
+    """The number of this update, 1 first, for the host: one more than the count of updates so far.
+
+    Args:
+        count: of the state.
+        step: what the caller says it is; None: the count is read.
+
+    Raises:
+        ArgumentError: the count cannot be read, or is another.
+
+    Example:
+        >>> number_of(torch.tensor(2), None)
+        3
+    """
+    if step is None:
+        try:
+            return int(count) + 1
+        except RuntimeError:
+            raise ArgumentError(
+                "the state's number of steps cannot be read under a transform or a trace: give the number of this "
+                "update, update(grads, state, params, step=...), which is 1 for the first"
+            ) from None
+    if may_look_at(count) and int(count) + 1 != step:
+        raise ArgumentError(f"the state has seen {int(count)} updates, and this one is said to be number {step}")
+    return step
 
 
 def first_step() -> Tensor:

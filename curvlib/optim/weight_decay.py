@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from curvlib.errors import ArgumentError
 from curvlib.optim.arguments import at_least_zero
 from curvlib.optim.partition import Rule, for_each_leaf
-from curvlib.optim.transformation import GradientTransformation, leaves_like
+from curvlib.optim.transformation import GradientTransformation, PerLeaf, gradients_like, own_state
 from curvlib.pytree import Tree, flatten, register, static, unflatten
 
 
 @register
-class WeightDecayState:
-    """Which leaves decay (static), as init found it."""
+class Decays:
+    """Whether a leaf decays (static)."""
 
-    decays: tuple[bool, ...] = static()
+    yes: bool = static()
+
+
+@register
+class WeightDecayState:
+    """Which leaves decay, as init found it."""
+
+    decays: PerLeaf
 
 
 def add_decayed_weights(rate: float, *, mask: Rule | Tree | None = None) -> GradientTransformation:
@@ -45,16 +54,19 @@ def add_decayed_weights(rate: float, *, mask: Rule | Tree | None = None) -> Grad
 
     def init(params: Tree) -> WeightDecayState:
         if mask is None:
-            return WeightDecayState((True,) * len(flatten(params)[0]))
-        return WeightDecayState(tuple(map(bool, for_each_leaf(params, mask, "mask"))))
+            return WeightDecayState(PerLeaf((Decays(True),) * len(flatten(params)[0])))
+        return WeightDecayState(PerLeaf(tuple(Decays(bool(yes)) for yes in for_each_leaf(params, mask, "mask"))))
 
-    def update(grads: Tree, state: WeightDecayState, params: Tree | None = None) -> tuple[Tree, WeightDecayState]:
+    def update(
+        grads: Tree, state: WeightDecayState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, WeightDecayState]:
+        decays = own_state(state, WeightDecayState, "add_decayed_weights").decays
         if params is None:
             raise ArgumentError("weight decay needs the parameters: call update(grads, state, params)")
-        leaves, structure = flatten(params)
+        gradients, structure = gradients_like(grads, decays, params)
         updates = [
-            torch.add(u, p.to(u.dtype), alpha=rate) if decays else u
-            for u, p, decays in zip(leaves_like(params, grads), leaves, state.decays, strict=True)
+            torch.add(u, p.to(u.dtype), alpha=rate) if decay.yes else u
+            for u, p, decay in zip(gradients, flatten(params)[0], decays.entries, strict=True)
         ]
         return unflatten(structure, updates), state
 

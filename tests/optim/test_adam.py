@@ -95,12 +95,14 @@ def test_half_precision_has_moments_in_float32() -> None:
     params = torch.ones(4, dtype=torch.bfloat16)
     transformation = optim.scale_by_adam()
     updates, state = transformation.update(params, transformation.init(params))
-    assert state.first.dtype == state.second.dtype == updates.dtype == torch.float32
+    (first,), (second,) = state.first.entries, state.second.entries
+    assert first.dtype == second.dtype == updates.dtype == torch.float32
 
 
 def test_the_state_lives_where_the_parameters_do_and_the_count_on_the_cpu() -> None:
     state = optim.scale_by_adam().init(torch.zeros(2, device="meta"))
-    assert state.first.device.type == state.second.device.type == "meta"
+    (first,), (second,) = state.first.entries, state.second.entries
+    assert first.device.type == second.device.type == "meta"
     assert state.count.device.type == "cpu"
 
 

@@ -73,6 +73,41 @@ def test_the_state_of_another_chain_is_refused() -> None:
         optim.chain(optim.identity(), optim.identity()).update(start(), state)
 
 
+def test_further_arguments_reach_every_member() -> None:
+    seen: list[Any] = []
+
+    def update(grads: Tree, state: Any, params: Tree | None = None, *, value: float, **extra: Any) -> tuple[Tree, Any]:
+        seen.append(value)
+        return grads, state
+
+    spy = optim.GradientTransformation(lambda params: optim.Stateless(), update)
+    parts = optim.partition({"matrix": optim.graft(spy, spy), "rest": spy}, optim.matrices_or_rest)
+    transformation = optim.chain(optim.scale_by_adam(), parts, optim.scale_by_learning_rate(optim.constant(0.1)))
+    transformation.update(start(), transformation.init(start()), start(), value=7.0, other=1)
+    assert seen == [7.0] * 3
+
+
+STATEFUL: dict[str, optim.GradientTransformation] = {
+    "scale_by_learning_rate with a number": optim.scale_by_learning_rate(0.1),
+    "scale_by_learning_rate with a schedule": optim.scale_by_learning_rate(optim.constant(0.1)),
+    "scale_by_adam": optim.scale_by_adam(),
+    "heavy_ball": optim.heavy_ball(0.9),
+    "add_decayed_weights": optim.add_decayed_weights(0.1),
+    "graft": optim.graft(optim.identity(), optim.identity()),
+    "partition": optim.partition({"a": optim.identity()}, lambda name, leaf: "a"),
+    "chain": optim.chain(),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_state_of_another_transformation_is_refused_and_both_are_named(name: str) -> None:
+    for other, transformation in STATEFUL.items():
+        if other != name:
+            state = transformation.init(start())
+            with pytest.raises(ArgumentError, match=f"{name} needs .*{type(state).__name__}"):
+                STATEFUL[name].update(start(), state, start())
+
+
 # --- applying updates -------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from curvlib.errors import FormatError
 from curvlib.optim.shapes import Bucket, Layout
-from curvlib.optim.transformation import GradientTransformation
-from curvlib.pytree import flatten, tree_map, unflatten
+from curvlib.optim.transformation import GradientTransformation, PerLeaf
+from curvlib.pytree import flatten, names, tree_map, unflatten
 
 State = Any
 Params = Mapping[str, Tensor]
@@ -35,15 +35,16 @@ def restricted(state: State, params: Params, kept: Sequence[str], fresh: State) 
         >>> adam = optim.scale_by_adam()
         >>> _, state = adam.update(params, adam.init(params))
         >>> alone = {"b": params["b"]}
-        >>> restricted(state, params, ["b"], adam.init(alone)).first
-        {'b': tensor([0.1000, 0.1000, 0.1000])}
+        >>> restricted(state, params, ["b"], adam.init(alone)).first.entries
+        (tensor([0.1000, 0.1000, 0.1000]),)
     """
     layout = getattr(fresh, "layout", None)
     if isinstance(layout, Layout):
         stacks = tuple(gathered(state, bucket) for bucket in with_names(layout))
         return dataclasses.replace(state, stacks=stacks, layout=layout)
-    if isinstance(state, dict) and state.keys() == params.keys():
-        return {name: state[name] for name in kept}
+    if isinstance(state, PerLeaf):
+        entries = dict(zip(names(dict(params)), state.entries, strict=True))
+        return PerLeaf(tuple(entries[name] for name in names(dict.fromkeys(kept, 0))))
     if isinstance(state, tuple):
         return tuple(restricted(x, params, kept, y) for x, y in zip(state, fresh, strict=True))
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
