@@ -74,12 +74,13 @@ def scale_by_dykaf(
         >>> dykaf = scale_by_dykaf(second_moment="rank-1")
         >>> grads = {"w": torch.tensor([[1.0, 2.0], [3.0, 5.0]])}
         >>> _, state = dykaf.update(grads, dykaf.init(grads))
-        >>> state.stacks[0].factors.scale.round(decimals=2)  # the largest singular value of the gradient, squared
-        tensor([38.9700])
+        >>> state.factors.entries[0].scale.round(decimals=2)  # the largest singular value of the gradient, squared
+        tensor(38.9700)
     """
     if second_moment not in SECOND_MOMENTS:
         raise ArgumentError(f"second_moment must be 'full' or 'rank-1', got {second_moment!r}")
     return rotated_adam(
+        "scale_by_dykaf",
         betas=betas,
         factor_beta=factor_beta,
         eps=eps,

@@ -66,6 +66,7 @@ def scale_by_kl_shampoo(
         tensor([1.4140, 1.4140])
     """
     return rotated_adam(
+        "scale_by_kl_shampoo",
         betas=betas,
         factor_beta=None,
         eps=eps,

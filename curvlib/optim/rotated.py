@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +32,13 @@ from curvlib.optim.modes import mode_product
 from curvlib.optim.refresh import Refresh
 from curvlib.optim.second_moments import FullMoment, Moment, SecondMoment, Transport
 from curvlib.optim.shapes import Bucket, Layout, Shapes
-from curvlib.optim.transformation import first_step
+from curvlib.optim.transformation import PerLeaf, first_step, gradients_like, number_of, own_state
 from curvlib.optim.turns import Turn, check, chosen, refreshed, started
-from curvlib.pytree import Tree, register, static
+from curvlib.pytree import Domain, Tree, flatten, names, register, unflatten
 
 
-@register
-class RotatedStack:
-    """The state of one stack.
+class RotatedStack(NamedTuple):
+    """The state of one stack of k blocks; a leaf's entries in a `RotatedState` are these without the first axis.
 
     Args:
         first: first moment in the basis [k, ...].
@@ -62,20 +62,32 @@ class RotatedState:
     Args:
         count: gradients seen, 0-d int64 on the CPU.
         refreshes: of the bases so far, likewise.
-        stacks: in the order of the layout's buckets.
-        layout: where parameters lie in the stacks.
+        first, second, factors, bases, failures: of each leaf, as in `RotatedStack`; of a leaf that is cut into blocks,
+            a tuple with one entry a block.
     """
 
     count: Tensor
     refreshes: Tensor
-    stacks: tuple[RotatedStack, ...]
-    layout: Layout = static()
+    first: PerLeaf
+    second: PerLeaf
+    factors: PerLeaf
+    bases: PerLeaf
+    failures: PerLeaf
+
+    @property
+    def columns(self) -> tuple[PerLeaf, ...]:
+        """What there is of every leaf, in the order of `RotatedStack`."""
+        return self.first, self.second, self.factors, self.bases, self.failures
 
 
 @dataclass(frozen=True)
 class RotatedAdam:
-    """``init`` and ``update`` of Adam in a changing eigenbasis; see `scale_by_soap` for the arguments."""
+    """``init`` and ``update`` of Adam in a changing eigenbasis; see `scale_by_soap` for the arguments.
 
+    ``name`` is that of the transformation.
+    """
+
+    name: str
     betas: tuple[float, float]
     factor_beta: float
     eps: float
@@ -94,10 +106,12 @@ class RotatedAdam:
         Raises:
             PytreeError, DtypeError, ArgumentError: parameters that this is not defined for; the message names one.
         """
-        layout = Layout.of(params, self.shapes)
-        pairs = zip(layout.buckets, layout.stacks(params), strict=True)
-        stacks = tuple(self.fresh(bucket, layout.names(bucket)[0], stack) for bucket, stack in pairs)
-        return RotatedState(first_step(), first_step(), stacks, layout)
+        domain = Domain.of(params)
+        leaves = flatten(params)[0]
+        layout = Layout.of(leaves, self.shapes)
+        pairs = zip(layout.buckets, layout.stacks(leaves), strict=True)
+        stacks = [self.fresh(bucket, domain.names[bucket.blocks[0].leaf], stack) for bucket, stack in pairs]
+        return RotatedState(first_step(), first_step(), *layout.scattered(stacks))
 
     def fresh(self, bucket: Bucket, name: str, stack: Tensor) -> RotatedStack:
         """The state of a stack before the first gradient; ``name`` is of a member."""
@@ -107,7 +121,9 @@ class RotatedAdam:
         with naming(name):
             self.factors.check(bucket.shape, bucket.modes)
         factors = self.factors.empty(stack, bucket.modes)
-        bases = tuple(torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).expand_as(m) for m in factors.matrices)
+        bases = tuple(
+            torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).repeat(len(m), 1, 1) for m in factors.matrices
+        )
         failures = tuple(torch.zeros(len(m), dtype=torch.int32, device=m.device) for m in factors.matrices)
         return RotatedStack(torch.zeros_like(stack), second, factors, bases, failures)
 
@@ -115,26 +131,35 @@ class RotatedAdam:
         """The second moment of a stack; without factors it is Adam's."""
         return self.second_moment if bucket.modes else FullMoment()
 
-    def update(self, grads: Tree, state: RotatedState, params: Tree | None = None) -> tuple[Tree, RotatedState]:
+    def update(
+        self, grads: Tree, state: RotatedState, params: Tree | None = None, *, step: int | None = None, **extra: Any
+    ) -> tuple[Tree, RotatedState]:
         """Updates for these gradients, and the next state.
+
+        The host decides by the number of the step what is to be done; everything else is a function of tensors.
 
         Raises:
             PytreeError, ShapeError: gradients that are not like params.
+            ArgumentError: the state is of another transformation, or its count cannot be read and is not given.
             NonFiniteError: a basis could not be refreshed three times in a row.
         """
-        layout, count = state.layout, int(state.count) + 1
-        updates, stacks = [], []
-        for bucket, old, gradient in zip(layout.buckets, state.stacks, layout.stacks(grads), strict=True):
-            direction, new = self.advanced(bucket, old, gradient.to(old.first.dtype), count)
+        leaves, structure = gradients_like(grads, own_state(state, RotatedState, self.name).first, params)
+        layout = Layout.of(leaves, self.shapes, state.first)
+        count, seen = number_of(state.count, step), state.count + 1
+        updates, stacks, gathered = [], [], layout.gathered(state.columns)
+        for bucket, old, gradient in zip(layout.buckets, gathered, layout.stacks(leaves), strict=True):
+            direction, new = self.advanced(bucket, RotatedStack(*old.values), gradient, count, seen)
             updates.append(direction)
             stacks.append(new)
-        stacks, refreshes = self.turned(layout, stacks, count, int(state.refreshes))
+        refreshes = state.refreshes
+        if self.due(count):
+            refreshes = refreshes + 1
+            stacks = self.refreshed(layout, stacks, count, names(grads), refreshes)
         leaves = layout.leaves(updates)
         if self.normalize:
-            size = self.step_size(FullMoment(), count)
-            leaves = [leaf * (size / (1e-30 + leaf.square().mean().sqrt())) for leaf in leaves]
-        seen, made = (torch.tensor(number, device="cpu") for number in (count, refreshes))
-        return layout.domain.tree(leaves), RotatedState(seen, made, tuple(stacks), layout)
+            size = self.step_size(FullMoment(), count, seen)
+            leaves = [leaf * (size / (1e-30 + leaf.square().mean().sqrt())).to(leaf.dtype) for leaf in leaves]
+        return unflatten(structure, leaves), RotatedState(seen, refreshes, *layout.scattered(stacks, gathered))
 
     @property
     def first_turn(self) -> int:
@@ -145,14 +170,20 @@ class RotatedAdam:
         """The number of a step of Adam; 0 for a gradient that only starts the factors."""
         return count - (self.start_step == 0)
 
-    def step_size(self, moment: SecondMoment, count: int) -> float:
-        """The bias correction c."""
+    def due(self, count: int) -> bool:
+        """Whether bases are made or refreshed after this gradient."""
+        return count >= self.first_turn and (count == self.first_turn or self.refresh.due(self.step(count)))
+
+    def step_size(self, moment: SecondMoment, count: int, seen: Tensor) -> Tensor:
+        """The bias correction c, 0-d float64: of the tensor ``seen``, which is ``count`` on a device."""
+        step = seen.double() - int(self.start_step == 0)
         if not self.bias_correction or self.step(count) == 0:
-            return 1.0
-        step = self.step(count)
+            return torch.ones_like(step)
         return moment.correction(self.betas[1], step) / (1 - self.betas[0] ** step)
 
-    def advanced(self, bucket: Bucket, old: RotatedStack, gradient: Tensor, count: int) -> tuple[Tensor, RotatedStack]:
+    def advanced(
+        self, bucket: Bucket, old: RotatedStack, gradient: Tensor, count: int, seen: Tensor
+    ) -> tuple[Tensor, RotatedStack]:
         """One step of a stack, in the bases it has: the update and the new state."""
         modes, bases = bucket.modes, old.bases if count > self.first_turn else ()
         half = projected = gradient
@@ -165,35 +196,36 @@ class RotatedAdam:
         squares = torch.mul(projected, projected, out=projected if owned else None)
         factors = old.factors
         if modes:
-            seen = Observation(gradient, half, squares)
+            observed = Observation(gradient, half, squares)
             if count == 1:
-                factors = self.factors.start(seen, modes, self.factor_beta)
+                factors = self.factors.start(observed, modes, self.factor_beta)
             else:
-                factors = self.factors.update(factors, seen, modes, bases, self.factor_beta)
+                factors = self.factors.update(factors, observed, modes, bases, self.factor_beta)
         if silent:
             return torch.zeros_like(gradient), RotatedStack(first, old.second, factors, old.bases, old.failures)
         moment = self.moment(bucket)
         second = moment.update(old.second, squares, self.betas[1])
         root = moment.root(second, factors, modes, first, squares if writes_in_place(squares) else None)
-        size = 1.0 if self.normalize else self.step_size(moment, count)
         into = root if writes_in_place(first, root) else None
-        divisor = torch.add(torch.mul(root, 1 / size, out=into), self.eps / size, out=into)
+        size = self.step_size(moment, count, seen)
+        inverse = torch.ones_like(size) if self.normalize else 1 / size
+        divisor = torch.add(
+            torch.mul(root, inverse.to(root.dtype), out=into), (self.eps * inverse).to(root.dtype), out=into
+        )
         into = into if divisor.shape == first.shape else None
         direction = torch.div(first, divisor, out=into)
         if moment.limit is not None:
-            limit = moment.limit * size / self.step_size(moment, count)
+            limit = (moment.limit / (size * inverse)).to(direction)
             direction = torch.clamp(direction, -limit, limit, out=into)
         for basis, mode in zip(bases, modes, strict=bool(bases)):
             direction = mode_product(direction, basis.mT, mode)
         return direction, RotatedStack(first, second, factors, old.bases, old.failures)
 
-    def turned(
-        self, layout: Layout, stacks: list[RotatedStack], count: int, refreshes: int
-    ) -> tuple[list[RotatedStack], int]:
-        """The stacks after the refresh that is due, if one is, and the number of refreshes so far."""
+    def refreshed(
+        self, layout: Layout, stacks: list[RotatedStack], count: int, leaves: Sequence[str], refreshes: Tensor
+    ) -> list[RotatedStack]:
+        """The stacks in new bases; ``leaves``: names, ``refreshes``: how many there were, with this one."""
         first = count == self.first_turn
-        if count < self.first_turn or not (first or self.refresh.due(self.step(count))):
-            return stacks, refreshes
         matrices = [matrix for stack in stacks for matrix in stack.factors.matrices]
         bases = [basis for stack in stacks for basis in stack.bases]
         limit = None if first else self.refresh.limit(self.step(count))
@@ -204,11 +236,11 @@ class RotatedAdam:
             for matrix, basis, failed in zip(stack.factors.matrices, stack.bases, stack.failures, strict=True):
                 choice = next(choices)
                 turn, failed = started(matrix, basis, failed) if first else refreshed(matrix, basis, failed, choice)
-                check(layout.names(bucket), failed, refreshes + 1)
+                check([leaves[block.leaf] for block in bucket.blocks], failed, refreshes)
                 turns.append(turn)
                 failures.append(failed)
             result.append(self.carried(bucket, stack, turns, failures) if turns else stack)
-        return result, refreshes + 1
+        return result
 
     def carried(
         self, bucket: Bucket, stack: RotatedStack, turns: Sequence[Turn], failures: Sequence[Tensor]

@@ -35,7 +35,7 @@ class SecondMoment(ABC):
         """The root of the moment: a new tensor that broadcasts with the stack ``like``, or the buffer ``into``."""
 
     @abstractmethod
-    def correction(self, decay: float, step: int) -> float:
+    def correction(self, decay: float, step: Tensor) -> Tensor:
         """What the root is divided by because the average started from zero."""
 
     @property
@@ -69,8 +69,8 @@ class FullMoment(SecondMoment):
     def root(self, moment: Moment, factors: Factors, modes: Modes, like: Tensor, into: Tensor | None) -> Tensor:
         return torch.sqrt(moment[0], out=into)
 
-    def correction(self, decay: float, step: int) -> float:
-        return (1 - decay**step) ** 0.5
+    def correction(self, decay: float, step: Tensor) -> Tensor:
+        return (1 - decay**step).sqrt()
 
     @property
     def limit(self) -> float | None:
@@ -110,8 +110,8 @@ class RankOneMoment(SecondMoment):
         row = (scale.unsqueeze(1) * left).sqrt()
         return torch.mul(row.reshape(*row.shape, *(1,) * (right.ndim - 1)), right.sqrt().unsqueeze(1), out=into)
 
-    def correction(self, decay: float, step: int) -> float:
-        return (1 - decay**step) ** 0.5
+    def correction(self, decay: float, step: Tensor) -> Tensor:
+        return (1 - decay**step).sqrt()
 
     @property
     def limit(self) -> float | None:
@@ -147,8 +147,8 @@ class FactorMoment(SecondMoment):
         assert factors.eigenvalues is not None
         return outer([values.clamp(min=0).sqrt() for values in factors.eigenvalues], modes, like.ndim - 1)
 
-    def correction(self, decay: float, step: int) -> float:
-        return 1.0
+    def correction(self, decay: float, step: Tensor) -> Tensor:
+        return torch.ones_like(step)
 
     @property
     def limit(self) -> float | None:

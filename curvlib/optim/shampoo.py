@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +16,22 @@ from curvlib.optim.factors import Factors, Observation, ShampooFactors
 from curvlib.optim.modes import entrywise, mode_product
 from curvlib.optim.refresh import Every, Refresh
 from curvlib.optim.shapes import Bucket, Layout, Shapes
-from curvlib.optim.transformation import GradientTransformation, first_step
+from curvlib.optim.transformation import (
+    GradientTransformation,
+    PerLeaf,
+    first_step,
+    gradients_like,
+    number_of,
+    own_state,
+)
 from curvlib.optim.turns import check, finite
-from curvlib.pytree import Tree, register, static
+from curvlib.pytree import Domain, Tree, flatten, names, register, unflatten
 
 RULE = ShampooFactors()
 
 
-@register
-class ShampooStack:
-    """The state of one stack.
+class ShampooStack(NamedTuple):
+    """The state of one stack of k blocks; a leaf's entries in a `ShampooState` are these without the first axis.
 
     Args:
         factors: sums or moving averages of D D^T and D^T D; none for elements on their own.
@@ -47,14 +53,21 @@ class ShampooState:
     Args:
         count: gradients seen, 0-d int64 on the CPU.
         refreshes: of the roots so far, likewise.
-        stacks: in the order of the layout's buckets.
-        layout: where parameters lie in the stacks.
+        factors, squares, roots, failures: of each leaf, as in `ShampooStack`; of a leaf that is cut into blocks, a
+            tuple with one entry a block.
     """
 
     count: Tensor
     refreshes: Tensor
-    stacks: tuple[ShampooStack, ...]
-    layout: Layout = static()
+    factors: PerLeaf
+    squares: PerLeaf
+    roots: PerLeaf
+    failures: PerLeaf
+
+    @property
+    def columns(self) -> tuple[PerLeaf, ...]:
+        """What there is of every leaf, in the order of `ShampooStack`."""
+        return self.factors, self.squares, self.roots, self.failures
 
 
 def scale_by_shampoo(
@@ -145,32 +158,47 @@ class Preconditioner:
 
     def init(self, params: Tree) -> ShampooState:
         """The state before the first gradient."""
-        layout = Layout.of(params, self.shapes)
-        stacks = []
-        for bucket, stack in zip(layout.buckets, layout.stacks(params), strict=True):
+        Domain.of(params)  # refuses what is no parameter
+        leaves, stacks = flatten(params)[0], []
+        layout = Layout.of(leaves, self.shapes)
+        for bucket, stack in zip(layout.buckets, layout.stacks(leaves), strict=True):
             factors = RULE.empty(stack, bucket.modes)
-            squares = stack.new_zeros(0) if bucket.modes else torch.zeros_like(stack)
-            eyes = (torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).expand_as(m) for m in factors.matrices)
+            squares = stack.new_zeros(len(stack), 0) if bucket.modes else torch.zeros_like(stack)
+            eyes = (
+                torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).repeat(len(m), 1, 1) for m in factors.matrices
+            )
             counters = (torch.zeros(len(m), dtype=torch.int32, device=m.device) for m in factors.matrices)
             stacks.append(ShampooStack(factors, squares, tuple(eyes), tuple(counters)))
-        return ShampooState(first_step(), first_step(), tuple(stacks), layout)
+        return ShampooState(first_step(), first_step(), *layout.scattered(stacks))
 
-    def update(self, grads: Tree, state: ShampooState, params: Tree | None = None) -> tuple[Tree, ShampooState]:
-        """Updates for these gradients, and the next state."""
-        layout, count = state.layout, int(state.count) + 1
+    def update(
+        self, grads: Tree, state: ShampooState, params: Tree | None = None, *, step: int | None = None, **extra: Any
+    ) -> tuple[Tree, ShampooState]:
+        """Updates for these gradients, and the next state; what is to be done, the host decides by the step's number.
+
+        Raises:
+            PytreeError, ShapeError: gradients that are not like params.
+            ArgumentError: the state is of another transformation, or its count cannot be read and is not given.
+            NonFiniteError: a root could not be refreshed three times in a row.
+        """
+        known = own_state(state, ShampooState, "scale_by_shampoo").failures
+        leaves, structure = gradients_like(grads, known, params)
+        layout = Layout.of(leaves, self.shapes, state.squares)
+        count, seen = number_of(state.count, step), state.count + 1
         active = count > self.start_step
         due = active and (count == self.start_step + 1 or self.refresh.due(count))
-        refreshes = int(state.refreshes) + due
-        updates, stacks = [], []
-        for bucket, old, gradient in zip(layout.buckets, state.stacks, layout.stacks(grads), strict=True):
-            gradient = gradient.to((old.factors.matrices[0] if bucket.modes else old.squares).dtype)
-            new = self.collected(bucket, old, gradient)
+        refreshes = state.refreshes + 1 if due else state.refreshes
+        bias = self.bias(seen)
+        updates, stacks, gathered = [], [], layout.gathered(state.columns)
+        for bucket, old, gradient in zip(layout.buckets, gathered, layout.stacks(leaves), strict=True):
+            new = self.collected(bucket, ShampooStack(*old.values), gradient)
             if due and bucket.modes:
-                new = self.rooted(new, layout.names(bucket), count, refreshes)
-            updates.append(self.preconditioned(bucket, new, gradient, count) if active else gradient)
+                members = [names(grads)[block.leaf] for block in bucket.blocks]
+                new = self.rooted(new, members, bias, refreshes)
+            updates.append(self.preconditioned(bucket, new, gradient, bias) if active else gradient)
             stacks.append(new)
-        seen, made = (torch.tensor(number, device="cpu") for number in (count, refreshes))
-        return layout.domain.tree(layout.leaves(updates)), ShampooState(seen, made, tuple(stacks), layout)
+        new_leaves = layout.leaves(updates)
+        return unflatten(structure, new_leaves), ShampooState(seen, refreshes, *layout.scattered(stacks, gathered))
 
     def collected(self, bucket: Bucket, old: ShampooStack, gradient: Tensor) -> ShampooStack:
         """The stack with one more gradient in its factors."""
@@ -182,18 +210,19 @@ class Preconditioner:
         squares = torch.addcmul(kept * old.squares, gradient, gradient, value=weight)
         return ShampooStack(old.factors, squares, old.roots, old.failures)
 
-    def bias(self, count: int) -> float:
-        """The sum of the weights of all gradients, if averages are to be divided by it."""
-        return 1 - self.factor_beta**count if self.bias_correction and self.factor_beta is not None else 1.0
+    def bias(self, seen: Tensor) -> Tensor:
+        """The sum of the weights of all gradients, if averages are to be divided by it: 0-d float64."""
+        count = seen.double()
+        return 1 - self.factor_beta**count if self.bias_correction and self.factor_beta else torch.ones_like(count)
 
-    def rooted(self, stack: ShampooStack, names: Sequence[str], count: int, refreshes: int) -> ShampooStack:
+    def rooted(self, stack: ShampooStack, names: Sequence[str], bias: Tensor, refreshes: Tensor) -> ShampooStack:
         """The stack with new roots; where they are not finite, with the old ones."""
         order = 2 * len(stack.roots) if self.exponent is None else 1 / self.exponent
         order = round(order) if abs(order - round(order)) < 1e-9 else order
         roots, failures = [], []
         for matrix, old, failed in zip(stack.factors.matrices, stack.roots, stack.failures, strict=True):
             usable = finite(matrix)
-            safe = torch.where(entrywise(usable, old), matrix / self.bias(count), old)
+            safe = torch.where(entrywise(usable, old), matrix / bias.to(matrix.dtype), old)
             try:
                 new = inverse_root(safe, order, damping=self.eps, method=self.method)
             except CurvlibError:  # of the whole stack: a decomposition that failed says nothing of its members
@@ -204,10 +233,10 @@ class Preconditioner:
             check(names, failures[-1], refreshes)
         return ShampooStack(stack.factors, stack.squares, tuple(roots), tuple(failures))
 
-    def preconditioned(self, bucket: Bucket, stack: ShampooStack, gradient: Tensor, count: int) -> Tensor:
+    def preconditioned(self, bucket: Bucket, stack: ShampooStack, gradient: Tensor, bias: Tensor) -> Tensor:
         """The update."""
         if not bucket.modes:
-            return gradient / ((stack.squares / self.bias(count)).sqrt() + self.eps)
+            return gradient / ((stack.squares / bias.to(gradient.dtype)).sqrt() + self.eps)
         for root, mode in zip(stack.roots, bucket.modes, strict=True):
             gradient = mode_product(gradient, root, mode)
         return gradient

@@ -1,26 +1,30 @@
 """From parameters to stacks: which leaves are preconditioned as what, decided once and from shapes alone.
 
-A leaf of order two or more is read with its small dimensions merged, cut into blocks, and each block joins the stack of
-all blocks of its shape. Everything that an optimizer does to a stack it does to all of its members in one call. Leaves
-without a side of their own (scalars, vectors, sides that are all too wide) are strung together, element by element.
+A leaf of order two or more is read with its small dimensions merged and cut into blocks. A state has entries a leaf, of
+its blocks; an update stacks the entries of all blocks of one shape, does to them in one call what is to be done, and
+takes the stack apart again. Leaves without a side of their own (scalars, vectors, sides that are all too wide) are
+concatenated, element by element.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
-from curvlib.linalg.gram import full_precision
-from curvlib.pytree import Domain, Tree
+from curvlib.linalg.eager import is_eager
+from curvlib.optim.transformation import PerLeaf
+from curvlib.pytree import flatten, unflatten
 
 Shape = tuple[int, ...]
+Kind = tuple[Shape, torch.dtype, torch.device]  # of a leaf: its shape, and where its state lies and how precisely
 
 
 @dataclass(frozen=True)
@@ -89,114 +93,215 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a leaf: the leaf's number and, for each merged dimension, where the block starts."""
+    """One block of a leaf.
+
+    Args:
+        leaf: its number.
+        number: of the block among those of the leaf; None: it is the only one.
+        starts: where it starts, for each of the leaf's merged dimensions.
+    """
 
     leaf: int
+    number: int | None
     starts: Shape
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Blocks of one shape that are stacked along a leading axis, or whole leaves strung together to one long block.
+    """Blocks of one shape that are stacked along a leading axis, or whole leaves concatenated to one long block.
 
     Args:
-        shape: of a member; of strung leaves (N,), all their elements.
+        shape: of a member; of concatenated leaves (N,), all their elements.
         modes: the dimensions of a member that have a factor; none: elements are treated on their own.
         blocks: the members, in order.
-        strung: whether leaves are strung together.
+        concatenated: whether leaves are concatenated.
+        dtype: of the stack.
     """
 
     shape: Shape
     modes: tuple[int, ...]
     blocks: tuple[Block, ...]
-    strung: bool
+    concatenated: bool
+    dtype: torch.dtype
+
+
+class Stack(NamedTuple):
+    """The entries of a bucket's members, stacked.
+
+    Args:
+        values: for each column of entries, a pytree of stacks [k, ...], or [1, N].
+        tensors: the leaves of values.
+        members: for each of them the tensors that it is made of, if they lie in it already; None: it is a copy.
+    """
+
+    values: tuple[Any, ...]
+    tensors: list[Tensor]
+    members: list[list[Tensor] | None]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every element of a pytree of parameters lies in the stacks. Static and hashable.
+    """Where every element of the leaves of a pytree lies in the stacks. Static and hashable.
 
     Args:
-        domain: the pytree.
+        shapes: of the leaves.
         pieces: for each leaf, for each of its merged dimensions, the widths of its pieces.
         buckets: the stacks.
 
     Example:
-        >>> params = {"a": torch.zeros(4, 3), "b": torch.zeros(3), "c": torch.zeros(4, 3), "d": torch.zeros(())}
-        >>> layout = Layout.of(params, Shapes())
+        >>> leaves = [torch.zeros(4, 3), torch.zeros(3), torch.zeros(4, 3), torch.zeros(())]
+        >>> layout = Layout.of(leaves, Shapes())
         >>> [(bucket.shape, bucket.modes) for bucket in layout.buckets]
         [((4, 3), (0, 1)), ((4,), ())]
-        >>> [stack.shape for stack in layout.stacks(params)]
+        >>> [stack.shape for stack in layout.stacks(leaves)]
         [torch.Size([2, 4, 3]), torch.Size([1, 4])]
     """
 
-    domain: Domain
+    shapes: tuple[Shape, ...]
     pieces: tuple[tuple[Shape, ...], ...]
     buckets: tuple[Bucket, ...]
 
     @classmethod
-    def of(cls, params: Tree, shapes: Shapes) -> Layout:
-        """The layout of these parameters.
+    def of(cls, leaves: Sequence[Tensor], how: Shapes, known: PerLeaf | None = None) -> Layout:
+        """The layout of parameters, or of gradients with the dtypes and devices of what a state knows of them."""
+        like = leaves if known is None else [entry[0] if type(entry) is tuple else entry for entry in known.entries]
+        kinds = tuple(
+            (tuple(leaf.shape), torch.promote_types(x.dtype, torch.float32), x.device)
+            for leaf, x in zip(leaves, like, strict=True)
+        )
+        return layout_of.__wrapped__(kinds, how) if torch.compiler.is_compiling() else layout_of(kinds, how)
 
-        Raises:
-            PytreeError, DtypeError: params is not a pytree of floating-point tensors.
-        """
-        domain = Domain.of(params)
-        pieces: list[tuple[Shape, ...]] = []
-        members: dict[tuple[Shape | None, torch.dtype, torch.device], list[Block]] = {}
-        for i, leaf in enumerate(domain.leaves(params)):
-            cuts = tuple(map(shapes.cut, shapes.merged(domain.shapes[i])))
-            blocks: list[Shape | None] = list(itertools.product(*cuts))
-            if leaf.ndim < 2 or not any(shapes.modes(shape) for shape in blocks if shape is not None):
-                cuts, blocks = ((leaf.numel(),),), [None]
-            for start, shape in zip(itertools.product(*map(starts, cuts)), blocks, strict=True):
-                members.setdefault((shape, leaf.dtype, leaf.device), []).append(Block(i, start))
-            pieces.append(cuts)
-        buckets = []
-        for (shape, *_), group in members.items():
-            if shape is None:
-                length = sum(math.prod(domain.shapes[block.leaf]) for block in group)
-                buckets.append(Bucket((length,), (), tuple(group), True))
-            else:
-                buckets.append(Bucket(shape, shapes.modes(shape), tuple(group), False))
-        return cls(domain, tuple(pieces), tuple(buckets))
-
-    def names(self, bucket: Bucket) -> tuple[str, ...]:
-        """The names of the parameters that the members of a bucket belong to."""
-        return tuple(self.domain.names[block.leaf] for block in bucket.blocks)
-
-    def stacks(self, tree: Tree) -> Iterator[Tensor]:
-        """The stacks of a vector of the domain, one for each bucket: [k, *shape]; half precision becomes float32.
-
-        Raises:
-            PytreeError, ShapeError: the tree does not fit; the message names the leaf.
-        """
-        leaves = self.domain.leaves(tree)
+    def stacks(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The stacks of these leaves, one for each bucket: [k, *shape], in the bucket's dtype."""
         merged = [leaf.reshape(tuple(map(sum, cuts))) for leaf, cuts in zip(leaves, self.pieces, strict=True)]
         for bucket in self.buckets:
-            parts = [merged[block.leaf] for block in bucket.blocks]
-            if bucket.strung:
-                stack = (torch.cat(parts) if len(parts) > 1 else parts[0]).unsqueeze(0)
-            else:
-                for i, block in enumerate(bucket.blocks):
-                    for axis, (start, width) in enumerate(zip(block.starts, bucket.shape, strict=True)):
-                        if width < parts[i].shape[axis]:
-                            parts[i] = parts[i].narrow(axis, start, width)
-                stack = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
-            yield full_precision(stack)
+            parts = [merged[block.leaf].to(bucket.dtype) for block in bucket.blocks]
+            if bucket.concatenated:
+                yield (torch.cat(parts) if len(parts) > 1 else parts[0]).unsqueeze(0)
+                continue
+            for i, block in enumerate(bucket.blocks):
+                for axis, (start, width) in enumerate(zip(block.starts, bucket.shape, strict=True)):
+                    if width < parts[i].shape[axis]:
+                        parts[i] = parts[i].narrow(axis, start, width)
+            yield torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
 
     def leaves(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """The leaves that lie in these stacks, in the stacks' dtypes: the inverse of `stacks`."""
         parts: list[dict[Shape, Tensor]] = [{} for _ in self.pieces]
         for bucket, stack in zip(self.buckets, stacks, strict=True):
-            lengths = [math.prod(self.domain.shapes[block.leaf]) for block in bucket.blocks]
-            members = stack.squeeze(0).split(lengths) if bucket.strung else stack.unbind()
-            for block, member in zip(bucket.blocks, members, strict=True):
+            for block, member in zip(bucket.blocks, self.members(bucket, stack), strict=True):
                 parts[block.leaf][block.starts] = member
         return [
             assembled(part, cuts, ()).reshape(shape)
-            for part, cuts, shape in zip(parts, self.pieces, self.domain.shapes, strict=True)
+            for part, cuts, shape in zip(parts, self.pieces, self.shapes, strict=True)
         ]
+
+    def members(self, bucket: Bucket, stack: Tensor) -> Sequence[Tensor]:
+        """The members of a stack, as views of it: blocks, or elements of whole leaves in the leaves' shapes."""
+        if not bucket.concatenated:
+            return stack.unbind()
+        shapes = [self.shapes[block.leaf] for block in bucket.blocks]
+        parts = stack.squeeze(0).split([math.prod(shape) for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def gathered(self, columns: Sequence[PerLeaf]) -> list[Stack]:
+        """The entries of a state as stacks, one for each bucket; those that lie one after another are not copied."""
+        look = is_eager()
+        result = []
+        for bucket in self.buckets:
+            rows = [flatten(tuple([entry_of(column, block) for column in columns])) for block in bucket.blocks]
+            tensors, members = [], []
+            for parts in map(list, zip(*(leaves for leaves, _ in rows), strict=True)):
+                stack = adjacent(parts, flat=bucket.concatenated) if look else None
+                members.append(parts if stack is not None else None)
+                if stack is None and bucket.concatenated:
+                    stack = torch.cat([x.reshape(1, -1) for x in parts], 1)
+                tensors.append(torch.stack(parts) if stack is None else stack)
+            result.append(Stack(unflatten(rows[0][1], tensors), tensors, members))
+        return result
+
+    def scattered(self, values: Sequence[tuple[Any, ...]], old: Sequence[Stack] | None = None) -> tuple[PerLeaf, ...]:
+        """The entries a leaf of stacks: the inverse of `gathered`, whose stacks may be among these, unchanged."""
+        columns: list[list[dict[int | None, Any]]] = [[{} for _ in self.shapes] for _ in values[0]]
+        for number, (bucket, stacks) in enumerate(zip(self.buckets, values, strict=True)):
+            tensors, structure = flatten(stacks)
+            parts = []
+            for i, x in enumerate(tensors):
+                kept = old[number].members[i] if old is not None and x is old[number].tensors[i] else None
+                parts.append(self.members(bucket, x) if kept is None else kept)
+            rows = zip(*parts, strict=True) if parts else [()] * len(bucket.blocks)
+            for block, row in zip(bucket.blocks, rows, strict=True):
+                for column, entry in zip(columns, unflatten(structure, row), strict=True):
+                    column[block.leaf][block.number] = entry
+        return tuple(
+            PerLeaf(
+                tuple(
+                    [
+                        blocks[None] if None in blocks else tuple([blocks[i] for i in range(len(blocks))])
+                        for blocks in column
+                    ]
+                )
+            )
+            for column in columns
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def layout_of(kinds: tuple[Kind, ...], how: Shapes) -> Layout:
+    """The layout of leaves of these kinds."""
+    pieces: list[tuple[Shape, ...]] = []
+    members: dict[tuple[Shape | None, torch.dtype, torch.device], list[Block]] = {}
+    for i, (shape, dtype, device) in enumerate(kinds):
+        cuts = tuple(map(how.cut, how.merged(shape)))
+        blocks: list[Shape | None] = list(itertools.product(*cuts))
+        if len(shape) < 2 or not any(how.modes(block) for block in blocks if block is not None):
+            cuts, blocks = ((math.prod(shape),),), [None]
+        for number, (start, block) in enumerate(zip(itertools.product(*map(starts, cuts)), blocks, strict=True)):
+            members.setdefault((block, dtype, device), []).append(Block(i, number if len(blocks) > 1 else None, start))
+        pieces.append(cuts)
+    buckets = []
+    for (block, dtype, _), group in members.items():
+        if block is None:
+            length = sum(math.prod(kinds[member.leaf][0]) for member in group)
+            buckets.append(Bucket((length,), (), tuple(group), True, dtype))
+        else:
+            buckets.append(Bucket(block, how.modes(block), tuple(group), False, dtype))
+    return Layout(tuple(shape for shape, _, _ in kinds), tuple(pieces), tuple(buckets))
+
+
+def entry_of(column: PerLeaf, block: Block) -> Any:
+    """The entry of a block."""
+    entry = column.entries[block.leaf]
+    return entry if block.number is None else entry[block.number]
+
+
+def adjacent(tensors: Sequence[Tensor], *, flat: bool) -> Tensor | None:
+    """The stack [k, ...] that tensors lie in one after another, or all their elements [1, N]; None: they do not.
+
+    Example:
+        >>> stack = torch.arange(6.0).reshape(3, 2)
+        >>> adjacent(stack.unbind()[1:], flat=False)
+        tensor([[2., 3.],
+                [4., 5.]])
+        >>> adjacent([stack[0], stack[2]], flat=False) is None
+        True
+    """
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.reshape(1, -1) if flat else first.unsqueeze(0)
+    strides, place, length = first.stride(), first.data_ptr(), 0
+    if not (first.is_contiguous() or (first.ndim > 1 and first.mT.is_contiguous())):
+        return None
+    for x in tensors:
+        here = place + length * first.element_size()
+        if x.data_ptr() != here or x.requires_grad or not (x.is_contiguous() if flat else x.stride() == strides):
+            return None
+        length += x.numel()
+    if first.untyped_storage().nbytes() < (first.storage_offset() + length) * first.element_size():
+        return None
+    if flat:
+        return first.as_strided((1, length), (length, 1))
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *strides))
 
 
 def starts(widths: Shape) -> Shape:

@@ -84,6 +84,7 @@ def scale_by_soap(
         True
     """
     return rotated_adam(
+        "scale_by_soap",
         betas=betas,
         factor_beta=factor_beta,
         eps=eps,
@@ -99,6 +100,7 @@ def scale_by_soap(
 
 
 def rotated_adam(
+    name: str,
     *,
     betas: tuple[float, float],
     factor_beta: float | None,
@@ -118,13 +120,24 @@ def rotated_adam(
         ArgumentError: a number or a name is out of its range.
     """
     decay = betas[1] if factor_beta is None else factor_beta
-    for name, beta in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("factor_beta", decay)):
-        below_one(name, beta)
+    for argument, beta in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("factor_beta", decay)):
+        below_one(argument, beta)
     at_least_zero("eps", eps)
     at_least_zero("start_step", start_step)
     if transport not in ("hadamard", "permute", "none"):
         raise ArgumentError(f"transport must be 'hadamard', 'permute' or 'none', got {transport!r}")
     method = RotatedAdam(
-        betas, decay, eps, bias_correction, normalize, shapes, start_step, refresh, transport, factors, second_moment
+        name,
+        betas,
+        decay,
+        eps,
+        bias_correction,
+        normalize,
+        shapes,
+        start_step,
+        refresh,
+        transport,
+        factors,
+        second_moment,
     )
     return GradientTransformation(method.init, method.update)

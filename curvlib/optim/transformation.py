@@ -29,9 +29,7 @@ class Init(Protocol):
 class Update(Protocol):
     """Turns gradients into updates, and a state into the next one."""
 
-    def __call__(
-        self, grads: Tree, state: State, params: Tree | None = None, /, **extra: Any
-    ) -> tuple[Tree, State]: ...
+    def __call__(self, grads: Tree, state: State, params: Tree | None = None, **extra: Any) -> tuple[Tree, State]: ...
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def same_order(basis: Tensor) -> Tensor:
     return torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[:-1])
 
 
-def check(names: Sequence[str], failures: Tensor, refreshes: int) -> None:
+def check(names: Sequence[str], failures: Tensor, refreshes: Tensor) -> None:
     """Raises where a refresh failed three times in a row, if it is time to look.
 
     The counters [k] of a stack belong to the parameters ``names``; ``refreshes`` counts this one, too.
@@ -173,7 +173,7 @@ def check(names: Sequence[str], failures: Tensor, refreshes: int) -> None:
     Raises:
         NonFiniteError: names the first such parameter.
     """
-    if not readable(failures) or (failures.device.type != "cpu" and refreshes % REFRESHES_BETWEEN_LOOKS != 0):
+    if not readable(failures) or (failures.device.type != "cpu" and int(refreshes) % REFRESHES_BETWEEN_LOOKS != 0):
         return
     for name, count in zip(names, failures.tolist(), strict=True):
         if count >= PATIENCE:

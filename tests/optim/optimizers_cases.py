@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import curvlib.optim as optim
-from curvlib.pytree import Tree, flatten, ravel, register, unflatten, unravel
+from curvlib.optim.rotated import RotatedStack
+from curvlib.optim.shampoo import ShampooStack
+from curvlib.pytree import Tree, flatten, ravel, register, tree_map, unflatten, unravel
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Case:
         rate: a learning rate that suits it on `quadratic` and `rosenbrock`.
         orders: of the leaves it takes.
         float32: how far, relatively, a few steps in float32 may be from those in float64.
-        traceable: whether update runs under vmap, torch.compile and fake tensors, the state's step count being traced.
+        traceable: whether update runs under vmap, torch.compile and fake tensors, given the number of the step.
     """
 
     name: str
@@ -74,36 +76,32 @@ CASES = [
         float32=1e-3,
     ),
     # the first eigenbases of a singular factor are arbitrary where it is zero: another precision finds others
-    Case("soap", preconditioned(optim.scale_by_soap()), 0.1, float32=2.0, traceable=False),
+    Case("soap", preconditioned(optim.scale_by_soap()), 0.1, float32=2.0),
     Case(
         "soap as published",
         preconditioned(optim.scale_by_soap(transport="permute", refresh=optim.Every(1))),
         0.1,
         float32=2.0,
-        traceable=False,
     ),
     Case(
         "soap from the third step, adaptive",
         preconditioned(optim.scale_by_soap(start_step=3, refresh=optim.Adaptive(0.1, every=2), one_sided=True)),
         0.1,
-        traceable=False,
     ),
-    Case("kl-soap", preconditioned(optim.scale_by_soap(factors=optim.KLFactors())), 0.1, float32=2.0, traceable=False),
-    Case("dykaf", preconditioned(optim.scale_by_dykaf()), 0.1, float32=2.0, traceable=False),
+    Case("kl-soap", preconditioned(optim.scale_by_soap(factors=optim.KLFactors())), 0.1, float32=2.0),
+    Case("dykaf", preconditioned(optim.scale_by_dykaf()), 0.1, float32=2.0),
     Case(
         "dykaf, rank-1 moment",
         preconditioned(optim.scale_by_dykaf(second_moment="rank-1", merge_dimensions=4)),
         0.1,
         float32=2.0,
-        traceable=False,
     ),
-    Case("kl-shampoo", preconditioned(optim.scale_by_kl_shampoo()), 0.1, float32=2.0, traceable=False),
+    Case("kl-shampoo", preconditioned(optim.scale_by_kl_shampoo()), 0.1, float32=2.0),
     Case(
         "grafted shampoo",
         preconditioned(optim.graft(optim.scale_by_shampoo(refresh=optim.Every(2)), optim.scale_by_adam())),
         0.05,
         float32=0.1,
-        traceable=False,
     ),
 ]
 
@@ -171,6 +169,13 @@ def minimised(
         updates, state = transformation.update(unravel(gradient, params), state, params)
         params = optim.apply_updates(params, updates)
     return params, state
+
+
+def stack_of(state: Any, *leaves: int) -> Any:
+    """What a state knows of leaves (one, if none is named: the first) that are not cut, stacked."""
+    kind = RotatedStack if isinstance(state, optim.RotatedState) else ShampooStack
+    rows = [kind(*(column.entries[leaf] for column in state.columns)) for leaf in leaves or (0,)]
+    return tree_map(lambda *entries: torch.stack(entries), *rows)
 
 
 def copied(tree: Tree) -> Tree:

@@ -19,6 +19,7 @@ from curvlib.linalg.tensor_splitting import hopm
 from curvlib.optim import Every
 from curvlib.optim.dykaf_factors import balanced_gram
 from curvlib.optim.factors import Factors, Observation
+from tests.optim.optimizers_cases import stack_of
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -153,9 +154,9 @@ def test_rotating_the_parameters_rotates_the_updates(seed: int) -> None:
 def test_a_rank_one_moment_is_that_of_the_projected_gradients() -> None:
     grads = [random(i, 4, 3) for i in range(5)]
     _, after = states(optim.scale_by_dykaf(betas=(0.9, 0.8), second_moment="rank-1", refresh=Every(100)), grads)
-    scale, left, right = (x.clone() for x in after[0].stacks[0].second)
+    scale, left, right = (x.clone() for x in stack_of(after[0]).second)
     for g, state in zip(grads[1:], after[1:], strict=True):
-        (stack,) = state.stacks
+        stack = stack_of(state)
         projected = stack.bases[0].mT @ g @ stack.bases[1]
         scale, left, right = rank_one_moment(scale, left, right, projected**2, 0.8)
         for found, expected in zip(stack.second, (scale, left, right), strict=True):
@@ -166,7 +167,7 @@ def test_a_rank_one_moment_stays_a_product_of_unit_vectors_when_the_basis_change
     grads = [random(i, 4, 3, 2) for i in range(6)]
     _, after = states(optim.scale_by_dykaf(second_moment="rank-1", refresh=Every(1)), grads)
     for state in after:
-        _, left, right = state.stacks[0].second
+        _, left, right = stack_of(state).second
         for vector in (left, right):
             torch.testing.assert_close(vector.norm(), torch.tensor(1.0, dtype=torch.float64))
             assert bool((vector >= 0).all())
@@ -190,8 +191,8 @@ def test_a_rank_one_moment_does_not_blow_up_where_it_is_blind() -> None:
 def test_zero_gradients_wait_for_the_first_that_is_not() -> None:
     zero = torch.zeros(4, 3, dtype=torch.float64)
     updates, after = states(optim.scale_by_dykaf(refresh=Every(2)), [zero, zero, *(random(i, 4, 3) for i in range(4))])
-    assert float(after[1].stacks[0].factors.scale) == 0
-    assert float(after[-1].stacks[0].factors.scale) > 0
+    assert float(stack_of(after[1]).factors.scale) == 0
+    assert float(stack_of(after[-1]).factors.scale) > 0
     assert all(bool(update.isfinite().all()) for update in updates)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import curvlib.optim as optim
 from curvlib.errors import ArgumentError
 from curvlib.optim import Every
+from tests.optim.optimizers_cases import stack_of
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -40,7 +41,7 @@ def test_eigenvalues_are_the_diagonals_of_the_rotated_factors(
 ) -> None:
     _, seen = states(form(refresh=Every(every)), [random(seed + i, *shape) for i in range(9)])
     for state in seen:
-        (stack,) = state.stacks
+        stack = stack_of(state)
         for matrix, basis, values in zip(stack.factors.matrices, stack.bases, stack.factors.eigenvalues, strict=True):
             exact = (basis.mT @ matrix @ basis).diagonal(dim1=1, dim2=2)
             torch.testing.assert_close(values, exact, rtol=1e-8, atol=1e-12)
@@ -56,7 +57,7 @@ def test_factors_follow_the_formula_with_inverses_in_the_basis() -> None:
         old_inverse_left = inverse_left
         left = b * left + (1 - b) / 4 * g @ inverse_right @ g.T
         right = b * right + (1 - b) / 3 * g.T @ old_inverse_left @ g
-        (stack,) = state.stacks
+        stack = stack_of(state)
         torch.testing.assert_close(stack.factors.matrices[0][0], left, rtol=0, atol=1e-10)
         torch.testing.assert_close(stack.factors.matrices[1][0], right, rtol=0, atol=1e-10)
         inverse_left, inverse_right = (
@@ -71,7 +72,7 @@ def test_the_update_is_whitened_by_both_factors() -> None:
     updates, seen = states(whitening, grads)
     assert float(updates[0].abs().max()) == 0
     for g, update, state in zip(grads[1:], updates[1:], seen[1:], strict=True):
-        (stack,) = state.stacks
+        stack = stack_of(state)
         roots = [
             q[0] @ torch.diag((q[0].T @ matrix[0] @ q[0]).diagonal() ** -0.5) @ q[0].T
             for q, matrix in zip(stack.bases, stack.factors.matrices, strict=True)
@@ -89,7 +90,7 @@ def test_the_mean_of_whitened_gradients_of_a_kronecker_covariance_is_white() -> 
     updates, seen = states(whitening, list(roots[0] @ random(0, 1500, 3, 2) @ roots[1]))
     covariance = torch.stack(updates[500:]).flatten(1).T.cov()
     torch.testing.assert_close(covariance, torch.eye(6, dtype=torch.float64), rtol=0, atol=0.15)
-    product = torch.kron(*(factor[0] for factor in seen[-1].stacks[0].factors.matrices))
+    product = torch.kron(*(factor[0] for factor in stack_of(seen[-1]).factors.matrices))
     expected = torch.kron(*(root @ root for root in roots))
     assert float((product - expected).norm() / expected.norm()) < 0.15
 
@@ -100,7 +101,7 @@ def test_the_first_moment_is_averaged_in_parameter_coordinates() -> None:
     mean = torch.zeros(4, 3, dtype=torch.float64)
     for g in grads[1:]:
         mean = 0.8 * mean + 0.2 * g
-    (stack,) = seen[-1].stacks
+    stack = stack_of(seen[-1])
     found = stack.bases[0][0] @ stack.first[0] @ stack.bases[1][0].T
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-12)
 
@@ -108,7 +109,7 @@ def test_the_first_moment_is_averaged_in_parameter_coordinates() -> None:
 def test_a_zero_first_gradient_starts_from_the_identity() -> None:
     grads = [torch.zeros(3, 2, dtype=torch.float64), *(random(i, 3, 2) for i in range(5))]
     updates, seen = states(optim.scale_by_kl_shampoo(betas=(0.9, 0.9), refresh=Every(2)), grads)
-    torch.testing.assert_close(seen[0].stacks[0].factors.matrices[0][0], 0.9 * torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(stack_of(seen[0]).factors.matrices[0][0], 0.9 * torch.eye(3, dtype=torch.float64))
     assert all(bool(update.isfinite().all()) for update in updates)
     assert all(float(update.norm()) > 0 for update in updates[1:])
 

@@ -15,6 +15,7 @@ from curvlib.errors import ArgumentError, CurvlibError, NonFiniteError
 from curvlib.linalg.orthogonal_iteration import off_diagonality, orthogonal_iteration
 from curvlib.optim import Adaptive, Every, Refresh, Warmup
 from curvlib.optim.turns import Choice, chosen, refreshed, started
+from tests.optim.optimizers_cases import stack_of
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -156,7 +157,7 @@ def test_every_policy_keeps_bases_orthogonal(refresh: Refresh) -> None:
     state = transformation.init(params)
     for seed in range(12):
         _, state = transformation.update({"w": random(seed, 5, 3)}, state)
-    for basis in state.stacks[0].bases:
+    for basis in stack_of(state).bases:
         identity = torch.eye(basis.shape[-1], dtype=basis.dtype)
         torch.testing.assert_close(basis[0].T @ basis[0], identity, rtol=0, atol=1e-13)
     assert int(state.refreshes) == {Every(1): 12, Warmup(2, Every(5)): 1 + 2 + 2, Adaptive(0.0): 12}[refresh]

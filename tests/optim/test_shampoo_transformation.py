@@ -13,6 +13,7 @@ from torch import Tensor
 import curvlib.optim as optim
 from curvlib.errors import ArgumentError
 from curvlib.optim import Adaptive, Every, Warmup
+from tests.optim.optimizers_cases import stack_of
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -74,7 +75,7 @@ def test_one_side_alone_is_whitened_by_an_inverse_square_root() -> None:
     grads = [random(i, 3, 5) for i in range(4)]
     updates, state = after(optim.scale_by_shampoo(factor_beta=None, one_sided=True, refresh=Every(1)), grads)
     factor = sum((g @ g.T for g in grads), torch.zeros(1, dtype=torch.float64))
-    torch.testing.assert_close(state.stacks[0].factors.matrices[0][0], factor)
+    torch.testing.assert_close(stack_of(state).factors.matrices[0][0], factor)
     torch.testing.assert_close(updates[-1], power(factor, -0.5) @ grads[-1], rtol=0, atol=1e-9)
 
 
@@ -83,9 +84,9 @@ def test_roots_stay_between_refreshes_and_factors_do_not() -> None:
     _, early = after(optim.scale_by_shampoo(refresh=Warmup(2, Every(5))), grads[:3])
     _, late = after(optim.scale_by_shampoo(refresh=Warmup(2, Every(5))), grads[:4])
     _, new = after(optim.scale_by_shampoo(refresh=Warmup(2, Every(5))), grads[:5])
-    assert torch.equal(early.stacks[0].roots[0], late.stacks[0].roots[0])
-    assert not torch.equal(early.stacks[0].factors.matrices[0], late.stacks[0].factors.matrices[0])
-    assert not torch.equal(late.stacks[0].roots[0], new.stacks[0].roots[0])
+    assert torch.equal(stack_of(early).roots[0], stack_of(late).roots[0])
+    assert not torch.equal(stack_of(early).factors.matrices[0], stack_of(late).factors.matrices[0])
+    assert not torch.equal(stack_of(late).roots[0], stack_of(new).roots[0])
     assert int(new.refreshes) == 3
 
 

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import curvlib.optim as optim
 from curvlib.errors import ArgumentError, ShapeError
 from curvlib.optim.modes import along, mode_product, mode_rows, outer
 from curvlib.optim.shapes import Layout, Shapes
+from curvlib.pytree import flatten, tree_map
 
 shapes_of_leaves = st.lists(st.lists(st.integers(1, 7), max_size=4).map(tuple), min_size=1, max_size=5)
 options = st.builds(
@@ -53,23 +55,17 @@ def test_small_dimensions_are_merged_from_the_last_one_on(
     assert Shapes(merge_dimensions=limit).merged(shape) == merged
 
 
-def test_leaves_of_one_shape_share_a_stack_and_others_are_strung_together() -> None:
-    params = {
-        "a": torch.zeros(4, 3),
-        "b": torch.ones(2),
-        "c": torch.zeros(4, 3),
-        "d": torch.ones(()),
-        "e": torch.ones(9, 9),
-    }
+def test_leaves_of_one_shape_share_a_stack_and_others_are_concatenated() -> None:
+    params = [torch.zeros(shape) for shape in ((4, 3), (2,), (4, 3), (), (9, 9))]
     layout = Layout.of(params, Shapes(max_dimension=8))
     assert [(bucket.shape, bucket.modes) for bucket in layout.buckets] == [((4, 3), (0, 1)), ((84,), ())]
-    assert layout.names(layout.buckets[0]) == ("a", "c")
+    assert [[block.leaf for block in bucket.blocks] for bucket in layout.buckets] == [[0, 2], [1, 3, 4]]
 
 
 def test_dtypes_do_not_share_a_stack_and_half_precision_becomes_float32() -> None:
     params = [torch.ones(2, 2, dtype=dtype) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
     stacks = list(Layout.of(params, Shapes()).stacks(params))
-    assert [stack.dtype for stack in stacks] == [torch.float64, torch.float32, torch.float32]
+    assert [(stack.dtype, len(stack)) for stack in stacks] == [(torch.float64, 1), (torch.float32, 2)]
 
 
 def test_a_large_leaf_is_cut_into_blocks_with_a_ragged_tail() -> None:
@@ -92,10 +88,32 @@ def test_widths_that_are_not_positive_are_refused(wrong: dict[str, int]) -> None
         Shapes(**wrong)
 
 
-def test_a_leaf_of_another_shape_is_refused_by_name() -> None:
-    layout = Layout.of({"w": torch.zeros(2, 3)}, Shapes())
-    with pytest.raises(ShapeError, match="'w'"):
-        list(layout.stacks({"w": torch.zeros(3, 2)}))
+@settings(deadline=None, max_examples=20)
+@given(leaves=shapes_of_leaves, how=options, apart=st.booleans())
+def test_entries_a_leaf_are_stacked_and_taken_apart_again(
+    leaves: list[tuple[int, ...]], how: Shapes, apart: bool
+) -> None:
+    params = [torch.randn(shape, dtype=torch.float64) for shape in leaves]
+    layout = Layout.of(params, how)
+    stacks = [(stack, (2 * stack, {"no more": ()})) for stack in layout.stacks(params)]
+    columns = layout.scattered(stacks)
+    assert all(len(column.entries) == len(params) for column in columns)
+    if apart:  # in memory
+        columns = tree_map(torch.clone, columns)
+    found = layout.gathered(columns)
+    for (stack, (double, _)), other in zip(stacks, found, strict=True):
+        assert torch.equal(other.values[0], stack)
+        assert torch.equal(other.values[1][0], double)
+        assert all(x.data_ptr() == y.data_ptr() for x, y in zip(other.tensors, (stack, double), strict=True)) or apart
+    again = layout.scattered([stack.values for stack in found], found)
+    for x, y in zip(flatten(again)[0], flatten(columns)[0], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_gradient_of_another_shape_is_refused_by_name() -> None:
+    for transformation in (optim.scale_by_soap(), optim.scale_by_adam()):
+        with pytest.raises(ShapeError, match="'w'"):
+            transformation.update({"w": torch.zeros(4, 2)}, transformation.init({"w": torch.zeros(2, 3)}))
 
 
 @settings(deadline=None, max_examples=20)

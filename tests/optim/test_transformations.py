@@ -96,6 +96,8 @@ STATEFUL: dict[str, optim.GradientTransformation] = {
     "graft": optim.graft(optim.identity(), optim.identity()),
     "partition": optim.partition({"a": optim.identity()}, lambda name, leaf: "a"),
     "chain": optim.chain(),
+    "scale_by_soap": optim.scale_by_soap(),
+    "scale_by_shampoo": optim.scale_by_shampoo(),
 }
 
 

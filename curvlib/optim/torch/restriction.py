@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlib.errors import FormatError
-from curvlib.optim.shapes import Bucket, Layout
 from curvlib.optim.transformation import GradientTransformation, PerLeaf
-from curvlib.pytree import flatten, names, tree_map, unflatten
+from curvlib.pytree import flatten, names, unflatten
 
 State = Any
 Params = Mapping[str, Tensor]
@@ -38,10 +34,6 @@ def restricted(state: State, params: Params, kept: Sequence[str], fresh: State) 
         >>> restricted(state, params, ["b"], adam.init(alone)).first.entries
         (tensor([0.1000, 0.1000, 0.1000]),)
     """
-    layout = getattr(fresh, "layout", None)
-    if isinstance(layout, Layout):
-        stacks = tuple(gathered(state, bucket) for bucket in with_names(layout))
-        return dataclasses.replace(state, stacks=stacks, layout=layout)
     if isinstance(state, PerLeaf):
         entries = dict(zip(names(dict(params)), state.entries, strict=True))
         return PerLeaf(tuple(entries[name] for name in names(dict.fromkeys(kept, 0))))
@@ -52,41 +44,6 @@ def restricted(state: State, params: Params, kept: Sequence[str], fresh: State) 
         parts = {f: restricted(getattr(state, f), params, kept, getattr(fresh, f)) for f in fields}
         return dataclasses.replace(state, **parts)
     return state
-
-
-def with_names(layout: Layout) -> list[tuple[Bucket, tuple[tuple[str, Any], ...]]]:
-    """The buckets of a layout, each with (name of the parameter, starts) of its members."""
-    return [
-        (bucket, tuple((layout.domain.names[block.leaf], block.starts) for block in bucket.blocks))
-        for bucket in layout.buckets
-    ]
-
-
-def gathered(state: State, wanted: tuple[Bucket, tuple[tuple[str, Any], ...]]) -> State:
-    """The stack that holds the members of a bucket, taken from the stacks of a state that holds more."""
-    bucket, members = wanted
-    for number, (old, names) in enumerate(with_names(state.layout)):
-        if old.strung != bucket.strung or not set(members) <= set(names):
-            continue
-        places = [names.index(member) for member in members]
-        if old.strung:
-            lengths = [math.prod(state.layout.domain.shapes[block.leaf]) for block in old.blocks]
-            return tree_map(partial(strung_parts, lengths=lengths, places=places), state.stacks[number])
-        return tree_map(partial(rows, count=len(names), places=places), state.stacks[number])
-    raise FormatError(f"the state holds no stack for the parameters {', '.join(name for name, _ in members)}")
-
-
-def rows(stack: Tensor, count: int, places: Sequence[int]) -> Tensor:
-    """Some members of a stack [k, ...]; other tensors as they are."""
-    return stack[torch.tensor(places, device=stack.device)] if len(stack) == count else stack
-
-
-def strung_parts(stack: Tensor, lengths: Sequence[int], places: Sequence[int]) -> Tensor:
-    """Some of the leaves that are strung together in [1, N]; other tensors as they are."""
-    if stack.ndim != 2 or stack.shape[1] != sum(lengths):
-        return stack
-    parts = stack.split(list(lengths), 1)
-    return torch.cat([parts[place] for place in places], 1)
 
 
 def tensors_of(state: State) -> list[Tensor]:
