@@ -133,19 +133,23 @@ class DyKAF:
     def init(
         self,
         grads: Tree,
+        decay: Number | None = None,
         *,
         start: str = "svd",
         generator: torch.Generator | None = None,
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     ) -> BlockDiagonal:
-        """The curvature of one gradient: a block a leaf, with a factor an axis for leaves of order two and more.
+        """The curvature of the first gradient: a block a leaf, with a factor an axis for leaves of order two and more.
 
         Args:
             grads: pytree of floating-point tensors.
+            decay: b: the start, in which the gradient then counts with 1 - b like every other one, as in the optimizer.
+                None: it counts with 1.
             start: ``svd``: the product nearest to g g^T, from the leading singular vectors (of each unfolding, for
                 tensors). Or one sweep towards it, from ``random`` positive semidefinite factors, or from the
-                ``identity``: factors of full rank where the gradient has it.
+                ``identity``, a small multiple of it, which keeps the factors positive definite and is what the
+                optimizer starts from.
             generator: randomness for ``random``; None: a fresh generator with seed 0.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
             wide: the width beyond which a factor of a matrix is diagonal; a `WideDiagonal`.
@@ -162,7 +166,7 @@ class DyKAF:
         check_grads(grads)
         rule, domain = Rule("ksl", 1, start, generator), Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
-        return begin(leaves, places, domain, rule.start, elementwise=elementwise, wide=wide)
+        return begin(leaves, places, domain, rule.start, elementwise=elementwise, wide=wide, decay=decay)
 
     def update(
         self, curv: BlockDiagonal, grads: Tree, decay: Number | None, *, integrator: str = "ksl", sweeps: int = 1

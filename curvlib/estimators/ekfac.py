@@ -33,10 +33,10 @@ from curvlib.estimators.correction import (
 from curvlib.estimators.data import Batch, DataSet, batches, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import UseSums, added, assemble, check_finite, kronecker_block
-from curvlib.estimators.gradients import spread
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import curvature_dtype, measure_all, require_examples
+from curvlib.factors.axes import entrywise
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
@@ -300,7 +300,7 @@ def tkfac(
         left, right = (moment / statistics.divisor(options) for moment in sums.tensors)
         trace = as_side(left, groups).traces()
         trace = torch.where(trace > 0, trace, torch.ones_like(trace))
-        right = right / (spread(trace, right) if isinstance(right, torch.Tensor) else trace)
+        right = right / (entrywise(trace, right) if isinstance(right, torch.Tensor) else trace)
         return Kronecker(as_side(left, groups), as_side(right, groups))
 
     return assemble(statistics, Domain.of(params), make)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, naming
+from curvlib.factors.axes import entrywise
 from curvlib.layers.wide import Wide, WideDiagonal, announce, as_side
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
 from curvlib.linalg.middle_gram import middle_gram
@@ -40,7 +41,9 @@ from curvlib.pytree import Domain, Tree
 
 Number = float | Tensor
 Modes = tuple[Matrix, ...]  # the factor of every axis
-Start = Callable[[Tensor, int, Wide], Kronecker]  # D [*, n_1, ..., n_d], d, and what is kept of wide sides
+Start = Callable[
+    [Tensor, int, Wide, Number | None], Kronecker
+]  # D [*, n_1, ..., n_d], d, what is kept of wide sides, b
 Advance = Callable[[Kronecker, Tensor, Number, Number], Kronecker]  # F, D, a, w -> a F + w g g^T
 
 
@@ -114,31 +117,6 @@ def is_diagonal(matrix: Matrix) -> bool:
     return isinstance(matrix, Diagonal)
 
 
-def spread(number: Tensor, values: Tensor) -> Tensor:
-    """One number a group [*], to be multiplied with [*, ...]."""
-    return number.reshape(*number.shape, *(1,) * (values.ndim - number.ndim))
-
-
-def unfolded(gradient: Tensor, axis: int, order: int) -> Tensor:
-    """D [*, n_1, ..., n_d] as a matrix [*, n_i, rest]."""
-    return gradient.movedim(axis - order, -order).flatten(1 - order)
-
-
-def folded(matrix: Tensor, axis: int, like: Tensor, order: int) -> Tensor:
-    """The inverse of `unfolded`; ``like`` is D."""
-    widths = list(like.shape[-order:])
-    first = widths.pop(axis)
-    tensor = matrix.unflatten(-1, widths) if order > 2 else matrix
-    assert tensor.shape[-order] == first
-    return tensor.movedim(-order, axis - order)
-
-
-def mode_gram(gradient: Tensor, axis: int, order: int, *, diagonal: bool) -> Tensor:
-    """D_(i) D_(i)^T [*, n_i, n_i] of the unfolding along an axis, or its diagonal [*, n_i]."""
-    matrix = unfolded(gradient, axis, order)
-    return matrix.square().sum(-1) if diagonal else middle_gram(matrix)
-
-
 def factor_of(rows: Tensor, groups: int, wide: Wide) -> Matrix:
     """The sum of r r^T over rows [*groups, n, d], or what is kept of it."""
     return Dense(middle_gram(rows.mT)) if rows.shape[-1] <= wide.above else as_side(wide.moment(rows), groups)
@@ -152,14 +130,14 @@ def advanced(factor: Matrix, old: Tensor, rows: Tensor, new: Number) -> Matrix:
     """
     match factor:
         case Dense(matrix=matrix):
-            return Dense(spread(old, matrix) * matrix + new * middle_gram(rows.mT))
+            return Dense(entrywise(old, matrix) * matrix + new * middle_gram(rows.mT))
         case Diagonal(values=values):
-            return Diagonal(spread(old, values) * values + new * rows.square().sum(-2))
+            return Diagonal(entrywise(old, values) * values + new * rows.square().sum(-2))
         case DenseBlocks():
             parts = cut_columns(rows, factor.runs)
-            return factor.map_stacks(lambda x, part: spread(old, x) * x + new * middle_gram(part.mT), parts)
+            return factor.map_stacks(lambda x, part: entrywise(old, x) * x + new * middle_gram(part.mT), parts)
         case LowRank(vectors=vectors, values=values, remainder=remainder):
-            kept = LowRankFactor(vectors, spread(old, values) * values, old * remainder)
+            kept = LowRankFactor(vectors, entrywise(old, values) * values, old * remainder)
             seen, rank = low_rank_gram(rows, vectors.shape[-1]), vectors.shape[-1]
             return LowRank(*low_rank_sum([kept, seen], [1.0, new * rows.shape[-2]], rank))
         case ScaledIdentity(scale=scale):
@@ -176,9 +154,16 @@ def advanced(factor: Matrix, old: Tensor, rows: Tensor, new: Number) -> Matrix:
 
 
 def begin(
-    leaves: Sequence[Tensor], places: Sequence[Place], domain: Domain, start: Start, *, elementwise: str, wide: Wide
+    leaves: Sequence[Tensor],
+    places: Sequence[Place],
+    domain: Domain,
+    start: Start,
+    *,
+    elementwise: str,
+    wide: Wide,
+    decay: Number | None = None,
 ) -> BlockDiagonal:
-    """The curvature of one gradient.
+    """The curvature of the first gradient.
 
     Args:
         leaves: the gradient, in the order of the domain.
@@ -187,7 +172,9 @@ def begin(
         start: makes a block of its gradient.
         elementwise: ``diagonal`` or ``dense``.
         wide: what is kept of factors that are too wide.
+        decay: of the moving average that it begins; None: the gradient counts alone.
     """
+    _, new = weights(decay)
     if elementwise not in ("diagonal", "dense"):
         raise ArgumentError(f"elementwise must be one of diagonal, dense, got {elementwise!r}")
     blocks: dict[str, Operator] = {}
@@ -197,11 +184,11 @@ def begin(
         with naming(place.name):
             if place.widths:
                 gradient = gradient.reshape(*gradient.shape[:-2], *place.widths)
-                blocks[place.name] = start(gradient, len(place.widths), wide)
+                blocks[place.name] = start(gradient, len(place.widths), wide, decay)
             elif elementwise == "dense":
-                blocks[place.name] = factor_of(gradient.unsqueeze(0), 0, wide)
+                blocks[place.name] = factor_of(new**0.5 * gradient.unsqueeze(0), 0, wide)
             else:
-                blocks[place.name] = Diagonal(gradient.square())
+                blocks[place.name] = Diagonal(new * gradient.square())
     return BlockDiagonal(blocks, tuple((place.name, place.layout) for place in places), domain)
 
 

@@ -21,7 +21,6 @@ Kronecker product is found exactly, whatever d.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,26 +42,22 @@ from curvlib.estimators.gradients import (
     check_diagonal,
     entries,
     factor_like,
-    folded,
     is_diagonal,
-    mode_gram,
     modes_of,
     parts_of,
     places_of_leaves,
-    spread,
     step,
-    unfolded,
+    weights,
     wide_axes,
 )
 from curvlib.estimators.observations import Observations, observe, of_objective, wide_sides
 from curvlib.estimators.options import Options
+from curvlib.factors.axes import entrywise
+from curvlib.factors.kl_shampoo import isotropic, mean_square, whitening, with_inverses
 from curvlib.layers.wide import Wide, WideDiagonal
-from curvlib.linalg.precision import highest_matmul
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledPower
 from curvlib.pytree import Domain, Tree, flatten
-
-GUARD = 10  # times eps times the trace is added to a factor of a running mean before it is inverted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +155,18 @@ class KLShampoo:
     def init(
         self,
         grads: Tree,
+        decay: Number | None = None,
         *,
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     ) -> BlockDiagonal:
-        """The isotropic curvature mean(g o g) I of one gradient: a block a leaf, with a factor an axis.
+        """The curvature of the first gradient: a block a leaf, with a factor an axis.
 
         Args:
             grads: pytree of floating-point tensors.
+            decay: b: the isotropic curvature mean(g o g) I, in which the gradient then counts with 1 - b like every
+                other one, as in the optimizer (and in the authors' code). None: the isotropic curvature, which counts
+                as that of one gradient.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
             wide: the width beyond which a factor is diagonal; a `WideDiagonal`.
 
@@ -182,13 +181,14 @@ class KLShampoo:
         check_grads(grads)
         domain = Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
-        return begin(leaves, places, domain, start, elementwise=elementwise, wide=wide)
+        return begin(leaves, places, domain, start, elementwise=elementwise, wide=wide, decay=decay)
 
     def update(self, curv: BlockDiagonal, grads: Tree, decay: Number | None) -> BlockDiagonal:
         """The curvature after one more gradient: L <- b L + (1 - b)/n D R^-1 D^T, and R likewise.
 
         A gradient of zeros makes both factors smaller, and so the curvature by decay^2. A curvature that is zero, as
-        after gradients of zeros only, starts with the next gradient, as in `init`.
+        after gradients of zeros only, starts with the next gradient, as in `init` with this
+        decay (if it is None, the next one counts in addition).
 
         Args:
             curv: what `init`, `update` or the estimator returned.
@@ -208,68 +208,38 @@ def block_with(factors: Sequence[Matrix], scale: Tensor | None = None) -> Kronec
     return block_of([ScaledPower(factors[0], one, 1.0), *factors[1:]])
 
 
-def isotropic(mean: Tensor, widths: Sequence[int], diagonal: Sequence[bool]) -> list[Matrix]:
-    """Equal multiples of the identity whose product is mean [*] times the identity."""
-    each = mean ** (1 / len(widths))
-    factors: list[Matrix] = []
-    for width, flag in zip(widths, diagonal, strict=True):
-        values = each.unsqueeze(-1).expand(*each.shape, width)
-        factors.append(Diagonal(values) if flag else Dense(torch.diag_embed(values)))
-    return factors
-
-
-def start(gradient: Tensor, order: int, wide: Wide) -> Kronecker:
-    """mean(D o D) I."""
+def start(gradient: Tensor, order: int, wide: Wide, decay: Number | None = None) -> Kronecker:
+    """The block mean(D o D) I, in which D then counts if there is a decay."""
     diagonal = wide_axes(gradient, order, wide)
-    return block_with(isotropic(mean_square(gradient, order), gradient.shape[-order:], diagonal))
+    block = block_with(scaled_identities(mean_square(gradient, order), gradient.shape[-order:], diagonal))
+    return block if decay is None else advance(block, gradient, *weights(decay))
 
 
-def mean_square(gradient: Tensor, order: int) -> Tensor:
-    """The mean of D o D over the last axes, [*]."""
-    return gradient.square().flatten(-order).mean(-1)
+def scaled_identities(mean: Tensor, widths: Sequence[int], diagonal: Sequence[bool]) -> list[Matrix]:
+    """Equal multiples of the identity whose product is mean [*] times the identity."""
+    pairs = zip(isotropic(mean, widths), diagonal, strict=True)
+    return [Diagonal(values) if flag else Dense(torch.diag_embed(values)) for values, flag in pairs]
 
 
 def advance(block: Kronecker, gradient: Tensor, old: Number, new: Number) -> Kronecker:
     """The block s L (x) R after one more gradient D [*, n_1, ..., n_d]: all factors from the old ones."""
-    modes = modes_of(block)
-    bases, scales, exponents = zip(*map(parts_of, modes), strict=True)
+    bases, scales, exponents = zip(*map(parts_of, modes_of(block)), strict=True)
     if set(exponents) != {1.0}:
         raise ArgumentError(
             "these are not KL-Shampoo's factors; update the curvature that kl_shampoo, init or update returned, and "
             "take powers and inverses of the result"
         )
-    order, widths = len(bases), gradient.shape[-len(bases) :]
     scale = torch.stack(list(torch.broadcast_tensors(*scales))).prod(0)
     total = old * scale + new  # how many gradients count: 1 in a moving average
     share = torch.where(total > 0, 1 / total, torch.ones_like(total))
-    kept, added = old * scale * share, new * share
-    roots = [whitening(base, GUARD * torch.finfo(gradient.dtype).eps) for base in bases]
-    fresh = isotropic(added * mean_square(gradient, order), widths, [is_diagonal(base) for base in bases])
-    empty = torch.stack([base.traces() for base in bases]).prod(0) == 0
-    factors: list[Matrix] = []
-    for i, base in enumerate(bases):
-        white = gradient
-        for j in range(order):
-            if j != i:
-                root, rows = roots[j], unfolded(white, j, order)
-                rows = root.unsqueeze(-1) * rows if is_diagonal(bases[j]) else highest_matmul(root, rows)
-                white = folded(rows, j, gradient, order)
-        gram = mode_gram(white, i, order, diagonal=is_diagonal(base)) * (widths[i] / math.prod(widths))
-        values = entries(base)
-        values = spread(kept, values) * values + spread(added, values) * gram
-        factors.append(factor_like(base, torch.where(spread(empty, values), entries(fresh[i]), values)))
-    return block_with(factors, total)
-
-
-def whitening(factor: Matrix, guard: float) -> Tensor:
-    """W with W^T W = (M + guard tr(M) I)^-1, [*, n, n], or [*, n] of a diagonal factor; of a zero one, the identity."""
-    values, traces = entries(factor), factor.traces()
-    shift = torch.where(traces > 0, guard * traces, torch.ones_like(traces))
-    if is_diagonal(factor):
-        return (values + shift.unsqueeze(-1)).rsqrt()
-    identity = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
-    root, _ = torch.linalg.cholesky_ex(values + shift[..., None, None] * identity)  # does not wait for a device
-    return torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
+    factors = with_inverses(
+        [entries(base) for base in bases],
+        [is_diagonal(base) for base in bases],
+        gradient,
+        old * scale * share,
+        new * share,
+    )
+    return block_with([factor_like(base, values) for base, values in zip(bases, factors, strict=True)], total)
 
 
 def likeliest(observations: Observations, sweeps: int) -> dict[str, tuple[Matrix, Matrix]]:
@@ -277,15 +247,18 @@ def likeliest(observations: Observations, sweeps: int) -> dict[str, tuple[Matrix
     factors: dict[str, tuple[Matrix, Matrix]] = {}
     for name, mean in observations.mean_squares().items():
         block = observations.blocks[name]
-        left, right = isotropic(mean, block.layout.shape[-2:], wide_sides(block, observations.options))
+        left, right = scaled_identities(mean, block.layout.shape[-2:], wide_sides(block, observations.options))
         factors[name] = left, right
     for _ in range(sweeps):
         for side in (0, 1):
             others = {name: pair[1 - side] for name, pair in factors.items()}
-            roots = {name: whitening(other, guard_of(other)) for name, other in others.items()}
+            roots = {
+                name: whitening(entries(other), guard_of(other), diagonal=is_diagonal(other))
+                for name, other in others.items()
+            }
             for name, moment in observations.sandwiches(side, roots, factored=True).items():
                 span = spanned(others[name], roots[name])
-                new = factor_like(factors[name][side], moment / spread(span, moment))
+                new = factor_like(factors[name][side], moment / entrywise(span, moment))
                 factors[name] = (new, others[name]) if side == 0 else (others[name], new)
     return factors
 

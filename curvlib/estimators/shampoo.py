@@ -38,11 +38,12 @@ from curvlib.estimators.gradients import (
     parts_of,
     places_of_leaves,
     step,
-    unfolded,
+    weights,
 )
 from curvlib.estimators.observations import of_objective
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
+from curvlib.factors.axes import unfolded
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Matrix, Operator, ScaledPower
@@ -144,15 +145,18 @@ class Shampoo:
     def init(
         self,
         grads: Tree,
+        decay: Number | None = None,
         *,
         squared: bool = False,
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     ) -> BlockDiagonal:
-        """The curvature of one gradient: a block a leaf, with a factor an axis for leaves of order two and more.
+        """The curvature of the first gradient: a block a leaf, with a factor an axis for leaves of order two and more.
 
         Args:
             grads: pytree of floating-point tensors.
+            decay: b: factors begin as (1 - b) D_(i) D_(i)^T, as those of a moving average that starts from zero and as
+                those of the optimizer; after t gradients their weights add up to 1 - b^t. None: as D_(i) D_(i)^T.
             squared: see `Shampoo.__call__`.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
             wide: what is kept of factors that are too wide to be dense, now and in updates (`WideDiagonal`,
@@ -168,7 +172,7 @@ class Shampoo:
         check_grads(grads)
         domain = Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
-        return begin(leaves, places, domain, Rule(squared).start, elementwise=elementwise, wide=wide)
+        return begin(leaves, places, domain, Rule(squared).start, elementwise=elementwise, wide=wide, decay=decay)
 
     def update(self, curv: BlockDiagonal, grads: Tree, decay: Number | None) -> BlockDiagonal:
         """The curvature after one more gradient: every factor becomes decay * F_i + (1 - decay) D_(i) D_(i)^T.
@@ -200,13 +204,13 @@ class Rule:
 
     squared: bool
 
-    def start(self, gradient: Tensor, order: int, wide: Wide) -> Kronecker:
-        """The block of one gradient D [*, n_1, ..., n_d].
+    def start(self, gradient: Tensor, order: int, wide: Wide, decay: Number | None = None) -> Kronecker:
+        """The block of the first gradient D [*, n_1, ..., n_d].
 
         Raises:
             ArgumentError: a tensor of order three or more would have a low-rank factor that is not the first.
         """
-        groups = gradient.ndim - order
+        groups, gradient = gradient.ndim - order, weights(decay)[1] ** 0.5 * gradient
         factors = [factor_of(unfolded(gradient, axis, order).mT, groups, wide) for axis in range(order)]
         if order > 2 and any(isinstance(factor, LowRank) for factor in factors[1:]):
             raise ArgumentError(

@@ -18,17 +18,18 @@ from curvlib.estimators.gradients import (
     block_of,
     entries,
     is_diagonal,
-    mode_gram,
     modes_of,
     parts_of,
+    weights,
     wide_axes,
 )
+from curvlib.factors.axes import entrywise, mode_gram
+from curvlib.factors.dykaf import SMALL, DyKAFFactors
+from curvlib.factors.rule import Factors
 from curvlib.layers.wide import Wide
 from curvlib.linalg.middle_gram import middle_gram
-from curvlib.linalg.precision import highest_matmul
 from curvlib.linalg.projector_splitting import Rearranged, bug, ksl, unit
 from curvlib.linalg.rank_one import leading_direction, leading_pair, projection
-from curvlib.linalg.tensor_splitting import hopm
 from curvlib.operators import Dense, Diagonal, Kronecker, Matrix, ScaledPower
 
 INTEGRATORS = ("ksl", "bug")
@@ -53,17 +54,21 @@ class Rule:
         if self.sweeps < 1 or (self.integrator == "bug" and self.sweeps > 1):
             raise ArgumentError(f"sweeps must be at least 1, and 1 for integrator='bug', got {self.sweeps}")
 
-    def start(self, gradient: Tensor, order: int, wide: Wide) -> Kronecker:
-        """The block of one gradient D [*, n_1, ..., n_d]."""
+    def start(self, gradient: Tensor, order: int, wide: Wide, decay: Number | None = None) -> Kronecker:
+        """The block of the first gradient D [*, n_1, ..., n_d]: one that it makes, in which it then counts."""
         diagonal = wide_axes(gradient, order, wide)
         if self.beginning == "svd" and order == 2 and not any(diagonal):
             scale, left, right = leading_pair(gradient)
             return block_with(scale, (left, right), diagonal)
+        if self.beginning == "identity":
+            plain = [identity(gram_like(gradient, i, order, flag), diagonal=flag) for i, flag in enumerate(diagonal)]
+            scale = SMALL * gradient.square().flatten(-order).sum(-1)
+            return block_with(*fit(scale, plain, diagonal, gradient, *weights(decay), "ksl", 1), diagonal)
         grams = [
             columns(mode_gram(gradient, i, order, diagonal=flag), diagonal=flag) for i, flag in enumerate(diagonal)
         ]
         scale, units = self.first_units(grams, diagonal)
-        scale, units = fit(scale, units, diagonal, gradient, 0.0, 1.0, "ksl", 1)
+        scale, units = fit(scale, units, diagonal, gradient, 0.0, weights(decay)[1], "ksl", 1)
         return block_with(scale, units, diagonal)
 
     def first_units(self, grams: Sequence[Tensor], diagonal: Flags) -> tuple[Tensor, Sequence[Tensor]]:
@@ -110,21 +115,34 @@ def fit(
     integrator: str,
     sweeps: int,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """A step towards old * F + new * g g^T for a gradient D [*, n_1, ..., n_d].
+    """The step of `DyKAFFactors` towards old * F + new * g g^T for a gradient D [*, n_1, ..., n_d].
 
     Raises:
         ArgumentError: there is no such step for tensors of this order, or with diagonal factors.
     """
-    if len(units) == 2:
-        return stepped(scale, units, target_of(gradient, diagonal), old, new, integrator, sweeps)
-    if integrator == "bug":
-        raise ArgumentError(f"integrator='bug' is for matrices, and this is a tensor of order {len(units)}; use 'ksl'")
-    if any(diagonal):
+    order = len(units)
+    if order > 2 and integrator == "bug":
+        raise ArgumentError(f"integrator='bug' is for matrices, and this is a tensor of order {order}; use 'ksl'")
+    if order > 2 and any(diagonal):
         raise ArgumentError(
-            f"a tensor of order {len(units)} has an axis too wide for a dense factor; reshape it to a matrix, or give "
+            f"a tensor of order {order} has an axis too wide for a dense factor; reshape it to a matrix, or give "
             "`wide` a greater width"
         )
-    return hopm(scale, tuple(units), gradient, old, new, sweeps=sweeps)
+    rule = DyKAFFactors(integrator, sweeps)  # type: ignore[arg-type]
+    stacks = [x.squeeze(-1) if flag else x for x, flag in zip(units, diagonal, strict=True)]
+    stacks = [x.reshape(-1, *x.shape[scale.ndim :]) for x in stacks]
+    flat, ones = scale.reshape(-1), tuple(torch.ones_like(scale.reshape(-1)) for _ in units)
+    rows = gradient.reshape(-1, *gradient.shape[-order:])
+    old, new = (x.reshape(-1) if isinstance(x, Tensor) and x.ndim else x for x in (old, new))
+    found = rule.step(Factors(tuple(stacks), None, ones, flat), rows, tuple(range(order)), old, new)
+    assert found.norms is not None
+    assert found.scale is not None
+    matrices = [m / entrywise(norm, m) for m, norm in zip(found.matrices, found.norms, strict=True)]
+    shaped = [
+        columns(m.reshape(*scale.shape, *m.shape[1:]), diagonal=flag)
+        for m, flag in zip(matrices, diagonal, strict=True)
+    ]
+    return found.scale.reshape(scale.shape), shaped
 
 
 def stepped(
@@ -145,21 +163,10 @@ def stepped(
     return scale, (left, right)
 
 
-def target_of(gradient: Tensor, diagonal: Flags) -> Rearranged:
-    """The rearranged g g^T of a matrix D [*, m, n], cut to the diagonal on wide sides."""
-    left, right = diagonal
-    return Rearranged(
-        lambda x: sandwich(gradient, x, middle_diagonal=right, diagonal=left),
-        lambda y: sandwich(gradient.mT, y, middle_diagonal=left, diagonal=right),
-    )
-
-
-def sandwich(gradient: Tensor, middle: Tensor, *, middle_diagonal: bool, diagonal: bool) -> Tensor:
-    """D X D^T [*, m, m], or its diagonal as a column [*, m, 1]; X may be diagonal, a column as well."""
-    if not diagonal:
-        return middle_gram(gradient, middle.squeeze(-1) if middle_diagonal else middle)
-    weighted = gradient * middle.mT if middle_diagonal else highest_matmul(gradient, middle)
-    return (weighted * gradient).sum(-1, keepdim=True)
+def gram_like(gradient: Tensor, axis: int, order: int, flag: bool) -> Tensor:
+    """A tensor of the shape of a factor: [*, n, n], or [*, n, 1] of a diagonal one."""
+    n = gradient.shape[axis - order]
+    return gradient.new_empty(*gradient.shape[:-order], n, 1 if flag else n)
 
 
 def identity(like: Tensor, *, diagonal: bool) -> Tensor:

@@ -4,13 +4,15 @@
 decay and a learning rate.
 """
 
+from curvlib.factors.dykaf import DyKAFFactors
+from curvlib.factors.kl_shampoo import KLFactors
+from curvlib.factors.rule import FactorRule
+from curvlib.factors.shampoo import ShampooFactors
 from curvlib.optim import torch
 from curvlib.optim.adam import AdamState, scale_by_adam
 from curvlib.optim.aliases import adamw, dykaf, kl_shampoo, muon, shampoo, soap
 from curvlib.optim.clipping import clip_by_global_norm, clip_by_norm
 from curvlib.optim.dykaf import scale_by_dykaf
-from curvlib.optim.dykaf_factors import DyKAFFactors
-from curvlib.optim.factors import FactorRule, KLFactors, ShampooFactors
 from curvlib.optim.grafting import GraftState, graft
 from curvlib.optim.kl_shampoo import scale_by_kl_shampoo
 from curvlib.optim.momentum import MomentumState, heavy_ball, nesterov

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from curvlib.errors import ArgumentError
-from curvlib.optim.dykaf_factors import DyKAFFactors
+from curvlib.factors.dykaf import DyKAFFactors
 from curvlib.optim.refresh import Every, Refresh
 from curvlib.optim.second_moments import FullMoment, RankOneMoment, Transport
 from curvlib.optim.shapes import Shapes
@@ -28,10 +28,10 @@ def scale_by_dykaf(
     block_size: int | None = None,
     start_step: int = 0,
     refresh: Refresh = Every(10),  # noqa: B008
-    transport: Transport = "hadamard",
+    transport: Transport = "permute",
     integrator: Literal["ksl", "bug"] = "ksl",
     sweeps: int = 1,
-    start_from: Literal["svd", "identity"] = "svd",
+    start: Literal["identity", "svd"] = "identity",
     second_moment: Literal["full", "rank-1"] = "full",
 ) -> GradientTransformation:
     """Adam in the eigenbasis of a Kronecker product that stays close to the moving average of vec(D) vec(D)^T.
@@ -58,7 +58,7 @@ def scale_by_dykaf(
         transport: how V follows the basis; see `scale_by_soap`.
         integrator: see `DyKAFFactors`, as for the next two.
         sweeps: of alternating least squares a step.
-        start_from: the first factors.
+        start: of the factors, "identity" or "svd".
         second_moment: "full": Adam's V; "rank-1": V ~ a l r^T, which takes memory for two vectors a matrix.
 
     Raises:
@@ -71,7 +71,7 @@ def scale_by_dykaf(
 
     Example:
         >>> import torch
-        >>> dykaf = scale_by_dykaf(second_moment="rank-1")
+        >>> dykaf = scale_by_dykaf(second_moment="rank-1", start="svd")
         >>> grads = {"w": torch.tensor([[1.0, 2.0], [3.0, 5.0]])}
         >>> _, state = dykaf.update(grads, dykaf.init(grads))
         >>> state.factors.entries[0].scale.round(decimals=2)  # the largest singular value of the gradient, squared
@@ -90,6 +90,6 @@ def scale_by_dykaf(
         start_step=start_step,
         refresh=refresh,
         transport=transport,
-        factors=DyKAFFactors(integrator, sweeps, start_from),
+        factors=DyKAFFactors(integrator, sweeps, start),
         second_moment=SECOND_MOMENTS[second_moment],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from curvlib.optim.factors import KLFactors
+from curvlib.factors.kl_shampoo import KLFactors
 from curvlib.optim.refresh import Every, Refresh
 from curvlib.optim.second_moments import FactorMoment
 from curvlib.optim.shapes import Shapes

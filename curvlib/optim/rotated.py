@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import naming
+from curvlib.factors.axes import mode_product
+from curvlib.factors.rule import FactorRule, Factors, Observation
 from curvlib.linalg.gram import writes_in_place
-from curvlib.optim.factors import FactorRule, Factors, Observation
-from curvlib.optim.modes import mode_product
 from curvlib.optim.refresh import Refresh
 from curvlib.optim.second_moments import FullMoment, Moment, SecondMoment, Transport
 from curvlib.optim.shapes import Bucket, Layout, Shapes
@@ -198,7 +198,7 @@ class RotatedAdam:
         if modes:
             observed = Observation(gradient, half, squares)
             if count == 1:
-                factors = self.factors.start(observed, modes, self.factor_beta)
+                factors = self.factors.first(observed, modes, self.factor_beta)
             else:
                 factors = self.factors.update(factors, observed, modes, bases, self.factor_beta)
         if silent:

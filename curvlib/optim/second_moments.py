@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvlib.factors.axes import along, mode_product, outer
+from curvlib.factors.rule import Factors, Modes
 from curvlib.linalg.gram import writes_in_place
 from curvlib.linalg.rank_one import rank_one_moment
-from curvlib.optim.factors import Factors, Modes
-from curvlib.optim.modes import along, mode_product, outer
 from curvlib.optim.turns import Turn
 
 Transport = Literal["hadamard", "permute", "none"]

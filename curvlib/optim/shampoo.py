@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError, CurvlibError
+from curvlib.factors.axes import entrywise, mode_product
+from curvlib.factors.rule import Factors, Observation
+from curvlib.factors.shampoo import ShampooFactors
 from curvlib.linalg.roots import inverse_root
 from curvlib.optim.arguments import above_zero, at_least_zero, below_one
-from curvlib.optim.factors import Factors, Observation, ShampooFactors
-from curvlib.optim.modes import entrywise, mode_product
 from curvlib.optim.refresh import Every, Refresh
 from curvlib.optim.shapes import Bucket, Layout, Shapes
 from curvlib.optim.transformation import (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from curvlib.errors import ArgumentError
+from curvlib.factors.rule import FactorRule
+from curvlib.factors.shampoo import ShampooFactors
 from curvlib.optim.arguments import at_least_zero, below_one
-from curvlib.optim.factors import FactorRule, ShampooFactors
 from curvlib.optim.refresh import Every, Refresh
 from curvlib.optim.rotated import RotatedAdam
 from curvlib.optim.second_moments import FullMoment, SecondMoment, Transport
@@ -27,7 +28,7 @@ def scale_by_soap(
     block_size: int | None = None,
     start_step: int = 0,
     refresh: Refresh = Every(10),  # noqa: B008
-    transport: Transport = "hadamard",
+    transport: Transport = "permute",
     factors: FactorRule = ShampooFactors(),  # noqa: B008
 ) -> GradientTransformation:
     """Adam in the slowly changing eigenbasis of Kronecker factors of the gradients.
@@ -41,8 +42,8 @@ def scale_by_soap(
     A refresh is one QR power iteration of each basis, with the columns sorted by their eigenvalues first. Tensors of
     order d have d factors. Vectors and scalars, and leaves whose sides are all too wide, are treated by Adam.
 
-    With ``transport="permute"`` this is step for step the authors' implementation: the first gradient only starts
-    factors and bases (an eigendecomposition), and its update is zero.
+    This is step for step the authors' implementation: the first gradient only starts factors and bases (an
+    eigendecomposition), and its update is zero.
 
     Args:
         betas: (b1, b2), in [0, 1).
@@ -57,8 +58,9 @@ def scale_by_soap(
         start_step: so many gradients are treated by Adam without a rotation while they collect in the factors; then
             the first bases are made. 0: the first gradient makes the bases and is not used for anything else.
         refresh: `Every`, `Adaptive` or `Warmup`; steps are counted like t.
-        transport: how V follows a basis that changes by T = Q_old^T Q_new: "hadamard": by the entrywise squares of T;
-            "permute": only reordered, as the columns were sorted; "none". M is always rotated.
+        transport: how V follows a basis that changes by T = Q_old^T Q_new: "permute": only reordered, as the columns
+            were sorted; "hadamard": by the entrywise squares of T, which evens V out and costs time; "none". M is
+            always rotated.
         factors: `ShampooFactors`, `KLFactors` or `DyKAFFactors`.
 
     Returns:

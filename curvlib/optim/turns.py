@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import NonFiniteError
+from curvlib.factors.axes import entrywise
 from curvlib.linalg.eager import is_eager, may_look_at
 from curvlib.linalg.orthogonal_iteration import off_diagonality, orthogonal_iteration
-from curvlib.optim.modes import entrywise
 
 PATIENCE = 3  # failures in a row that raise
 REFRESHES_BETWEEN_LOOKS = 10  # on devices other than the CPU

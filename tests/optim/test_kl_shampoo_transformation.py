@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -106,12 +107,20 @@ def test_the_first_moment_is_averaged_in_parameter_coordinates() -> None:
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-12)
 
 
-def test_a_zero_first_gradient_starts_from_the_identity() -> None:
-    grads = [torch.zeros(3, 2, dtype=torch.float64), *(random(i, 3, 2) for i in range(5))]
-    updates, seen = states(optim.scale_by_kl_shampoo(betas=(0.9, 0.9), refresh=Every(2)), grads)
-    torch.testing.assert_close(stack_of(seen[0]).factors.matrices[0][0], 0.9 * torch.eye(3, dtype=torch.float64))
-    assert all(bool(update.isfinite().all()) for update in updates)
-    assert all(float(update.norm()) > 0 for update in updates[1:])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 2)])
+@pytest.mark.parametrize("late", [1, 40])
+def test_it_starts_with_the_first_gradient_that_is_not_zero(shape: tuple[int, ...], late: int) -> None:
+    grads = [random(i, *shape) for i in range(5)]
+    zeros = [torch.zeros(shape, dtype=torch.float64)] * late
+    whitening = optim.scale_by_kl_shampoo(betas=(0.0, 0.9), refresh=Every(100))
+    _, seen = states(whitening, grads)
+    updates, waited = states(whitening, zeros + grads)
+    assert all(float(x.abs().max()) == 0 for x in updates[:late])
+    assert all(float(m.abs().max()) == 0 for m in stack_of(waited[late - 1]).factors.matrices)
+    for one, two in zip(stack_of(seen[0]).factors.matrices, stack_of(waited[late]).factors.matrices, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    size = math.prod(shape) ** 0.5  # whitened
+    assert all(0.3 * size < float(x.norm()) < 5 * size for x in updates[late:])
 
 
 @pytest.mark.parametrize(("argument", "value"), [("damping", -1.0), ("betas", (0.9, 1.0)), ("eps", -1.0)])

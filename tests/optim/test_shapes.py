@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import curvlib.optim as optim
 from curvlib.errors import ArgumentError, ShapeError
-from curvlib.optim.modes import along, mode_product, mode_rows, outer
+from curvlib.factors.axes import along, mode_product, mode_rows, outer
 from curvlib.optim.shapes import Layout, Shapes
 from curvlib.pytree import flatten, tree_map
 

@@ -230,7 +230,7 @@ def test_normalised_updates_have_a_root_mean_square_of_the_bias_correction() -> 
 METHODS: dict[str, Callable[..., optim.GradientTransformation]] = {
     "soap": optim.scale_by_soap,
     "kl-soap": lambda **options: optim.scale_by_soap(factors=optim.KLFactors(), **options),
-    "dykaf": lambda **options: optim.scale_by_dykaf(start_from="identity", second_moment="rank-1", **options),
+    "dykaf": lambda **options: optim.scale_by_dykaf(second_moment="rank-1", **options),
     "kl-shampoo": optim.scale_by_kl_shampoo,
     "shampoo": lambda **options: optim.scale_by_shampoo(method="coupled-newton", eps=1e-3, **options),
 }

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from curvlib.errors import ArgumentError
+from curvlib.factors.dykaf import DyKAFFactors
+from curvlib.factors.kl_shampoo import KLFactors
+from curvlib.factors.shampoo import ShampooFactors
 from curvlib.optim.adam import scale_by_adam
 from curvlib.optim.dykaf import scale_by_dykaf
-from curvlib.optim.dykaf_factors import DyKAFFactors
-from curvlib.optim.factors import KLFactors, ShampooFactors
 from curvlib.optim.grafting import graft
 from curvlib.optim.kl_shampoo import scale_by_kl_shampoo
 from curvlib.optim.momentum import heavy_ball

@@ -23,10 +23,10 @@ def restricted(state: State, params: Params, kept: Sequence[str], fresh: State) 
         state: of a transformation of these parameters.
         params: all of them, by name.
         kept: the names of those that the result is for.
-        fresh: the state that the transformation's init makes for them; nothing but its layouts is used.
+        fresh: the state that the transformation's init makes for them.
 
     Example:
-        >>> import curvlib.optim as optim
+        >>> import torch, curvlib.optim as optim
         >>> params = {"a": torch.ones(2), "b": torch.ones(3)}
         >>> adam = optim.scale_by_adam()
         >>> _, state = adam.update(params, adam.init(params))

@@ -1,10 +1,16 @@
-"""Stacks of tensors [k, n_1, ..., n_d], one mode (dimension) of the members at a time."""
+"""Tensors, one mode (dimension) at a time: products along it, and unfoldings.
+
+A stack has one leading axis, [k, n_1, ..., n_d]; where ``order`` d is given there may be any, [*, n_1, ..., n_d].
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from curvlib.errors import ArgumentError
+from curvlib.linalg.middle_gram import middle_gram
 
 
 def mode_product(stack: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -68,7 +74,7 @@ def outer(vectors: Sequence[Tensor], modes: Sequence[int], order: int) -> Tensor
         factor = vector.reshape(len(vector), *(1,) * mode, -1, *(1,) * (order - mode - 1))
         result = factor if result is None else result * factor
     if result is None:
-        raise ValueError("outer needs at least one vector")
+        raise ArgumentError("outer needs at least one vector")
     return result
 
 
@@ -85,12 +91,32 @@ def along(order: Tensor, stack: Tensor, mode: int) -> Tensor:
     return stack.gather(axis, index.expand(stack.shape))
 
 
-def entrywise(numbers: Tensor, stack: Tensor) -> Tensor:
-    """Numbers [k] in a shape that broadcasts to the members of a stack [k, ...].
+def entrywise(numbers: Tensor, values: Tensor) -> Tensor:
+    """Numbers [*] in a shape that broadcasts to values [*, ...].
 
     Example:
         >>> import torch
         >>> entrywise(torch.ones(2), torch.ones(2, 3, 4)).shape
         torch.Size([2, 1, 1])
     """
-    return numbers.reshape(-1, *(1,) * (stack.ndim - 1))
+    return numbers.reshape(*numbers.shape, *(1,) * (values.ndim - numbers.ndim))
+
+
+def unfolded(gradient: Tensor, axis: int, order: int) -> Tensor:
+    """D [*, n_1, ..., n_d] as a matrix [*, n_i, rest]."""
+    return gradient.movedim(axis - order, -order).flatten(1 - order)
+
+
+def folded(matrix: Tensor, axis: int, like: Tensor, order: int) -> Tensor:
+    """The inverse of `unfolded`; ``like`` is D."""
+    widths = list(like.shape[-order:])
+    first = widths.pop(axis)
+    tensor = matrix.unflatten(-1, widths) if order > 2 else matrix
+    assert tensor.shape[-order] == first
+    return tensor.movedim(-order, axis - order)
+
+
+def mode_gram(gradient: Tensor, axis: int, order: int, *, diagonal: bool) -> Tensor:
+    """D_(i) D_(i)^T [*, n_i, n_i] of the unfolding along an axis, or its diagonal [*, n_i]."""
+    matrix = unfolded(gradient, axis, order)
+    return matrix.square().sum(-1) if diagonal else middle_gram(matrix)
