@@ -9,15 +9,19 @@ from curvlib.factors.kl_shampoo import KLFactors
 from curvlib.factors.rule import FactorRule
 from curvlib.factors.shampoo import ShampooFactors
 from curvlib.optim import torch
+from curvlib.optim.accumulation import MultiStepsState, multi_steps
 from curvlib.optim.adam import AdamState, scale_by_adam
 from curvlib.optim.aliases import adamw, dykaf, kl_shampoo, muon, shampoo, soap
 from curvlib.optim.clipping import clip_by_global_norm, clip_by_norm
 from curvlib.optim.dykaf import scale_by_dykaf
+from curvlib.optim.finite import ApplyIfFiniteState, apply_if_finite
 from curvlib.optim.grafting import GraftState, graft
+from curvlib.optim.hyperparameters import InjectHyperparamsState, inject_hyperparams
 from curvlib.optim.kl_shampoo import scale_by_kl_shampoo
 from curvlib.optim.momentum import MomentumState, heavy_ball, nesterov
 from curvlib.optim.muon import MuonState, scale_by_muon
 from curvlib.optim.partition import PartitionState, matrices_or_rest, partition
+from curvlib.optim.plateau import ReduceOnPlateauState, reduce_on_plateau
 from curvlib.optim.refresh import Adaptive, Every, Refresh, Warmup
 from curvlib.optim.rotated import RotatedState
 from curvlib.optim.scaling import ScheduleState, scale, scale_by_learning_rate
@@ -38,17 +42,21 @@ from curvlib.optim.weight_decay import WeightDecayState, add_decayed_weights
 __all__ = [
     "AdamState",
     "Adaptive",
+    "ApplyIfFiniteState",
     "ChainState",
     "DyKAFFactors",
     "Every",
     "FactorRule",
     "GradientTransformation",
     "GraftState",
+    "InjectHyperparamsState",
     "KLFactors",
     "MomentumState",
+    "MultiStepsState",
     "MuonState",
     "PartitionState",
     "PerLeaf",
+    "ReduceOnPlateauState",
     "Refresh",
     "RotatedState",
     "Schedule",
@@ -60,6 +68,7 @@ __all__ = [
     "WeightDecayState",
     "adamw",
     "add_decayed_weights",
+    "apply_if_finite",
     "apply_updates",
     "chain",
     "clip_by_global_norm",
@@ -69,11 +78,14 @@ __all__ = [
     "graft",
     "heavy_ball",
     "identity",
+    "inject_hyperparams",
     "kl_shampoo",
     "matrices_or_rest",
+    "multi_steps",
     "muon",
     "nesterov",
     "partition",
+    "reduce_on_plateau",
     "scale",
     "scale_by_adam",
     "scale_by_dykaf",
