@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo examples test test-portable test-random mutants parity models bench docs lint clean
+.PHONY: setup demo examples test test-portable test-random mutants parity models integrations bench docs lint clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/plays
@@ -58,6 +58,9 @@ parity: $(STAMPS)/dev $(STAMPS)/bench
 models: $(STAMPS)/dev $(STAMPS)/models
 	$(BIN)/python -m pytest -m models tests/models
 
+integrations: $(STAMPS)/dev $(STAMPS)/integrations
+	$(BIN)/python -m pytest -m integrations tests/integrations
+
 bench: $(STAMPS)/bench $(STAMPS)/plays
 	$(BIN)/python bench/kfac_cost.py $(BENCH_FLAGS)
 	$(BIN)/python bench/exact_cost.py $(BENCH_FLAGS)
@@ -79,7 +82,7 @@ $(STAMPS)/torch: constraints.txt
 	$(INSTALL) $(TORCH_FLAGS) torch
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs $(STAMPS)/models $(STAMPS)/mutants: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
+$(STAMPS)/dev $(STAMPS)/examples $(STAMPS)/docs $(STAMPS)/models $(STAMPS)/integrations $(STAMPS)/mutants: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
 	$(INSTALL) --editable ".[$*]"
 	touch $@
 

@@ -1,10 +1,10 @@
-"""SOAP, DyKAF, KL-Shampoo and Shampoo as drop-in replacements of `torch.optim.AdamW`."""
+"""SOAP, DyKAF, KL-Shampoo, Shampoo, Muon and AdamW as `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import torch
+from torch import Tensor
 
 from curvlib.errors import ArgumentError
 from curvlib.factors.dykaf import DyKAFFactors
@@ -15,26 +15,25 @@ from curvlib.optim.dykaf import scale_by_dykaf
 from curvlib.optim.grafting import graft
 from curvlib.optim.kl_shampoo import scale_by_kl_shampoo
 from curvlib.optim.momentum import heavy_ball
-from curvlib.optim.refresh import Adaptive, Every, Warmup
+from curvlib.optim.muon import Scaling, scale_by_muon
+from curvlib.optim.partition import matrices_or_rest
 from curvlib.optim.shampoo import scale_by_shampoo
 from curvlib.optim.soap import scale_by_soap
-from curvlib.optim.torch.adapter import Adapter, Group, ParamsArgument, defaults_of, options_of
+from curvlib.optim.torch.adapter import Adapter, Group, ParamsArgument, defaults_of
 from curvlib.optim.transformation import GradientTransformation, chain
-
-# options that are values of curvlib's, which `torch.load` may read in a state dictionary
-torch.serialization.add_safe_globals([Adaptive, Every, Warmup, DyKAFFactors, KLFactors, ShampooFactors])
 
 
 class SOAP(Adapter):
-    """Adam in the eigenbasis of Shampoo's factors, as a `torch.optim.Optimizer`.
+    """Adam in the eigenbasis of Shampoo's factors: p <- (1 - lr * weight_decay) (p - lr * update).
 
     With ``transport="permute"`` it takes the same steps as the authors' implementation.
 
     Args:
         params: parameters, named parameters, or groups with options of their own, as for every torch optimizer.
         lr: learning rate.
-        weight_decay: rate of the decoupled decay, p <- (1 - lr * weight_decay) (p - lr * update).
-        **options: those of `curvlib.optim.scale_by_soap` (betas, eps, refresh, ...).
+        weight_decay: rate of the decoupled decay.
+        **options: those of `curvlib.optim.scale_by_soap` (betas, eps, refresh, ...), and those of every torch
+            optimizer, as in `Adapter`.
 
     Raises:
         ArgumentError: an option is out of its range, or there is none of this name.
@@ -47,26 +46,25 @@ class SOAP(Adapter):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(2, 4)).square().sum().backward()
         ...     optimizer.step()
+        >>> optimizer.state[model.weight]["step"]
+        tensor(3)
     """
 
-    def __init__(self, params: ParamsArgument, lr: float = 3e-3, *, weight_decay: float = 0.01, **options: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults_of(scale_by_soap, options)})
+    options = defaults_of(scale_by_soap)
 
-    def transformation(self, group: Group) -> GradientTransformation:
-        return scale_by_soap(**options_of(group))
-
-    def waits(self, group: Group) -> bool:
-        return group["start_step"] == 0
+    @classmethod
+    def transformation(cls, label: str, options: Group) -> GradientTransformation:
+        return scale_by_soap(**options)
 
 
 class DyKAF(Adapter):
-    """Adam in the eigenbasis of a Kronecker product that tracks the Fisher matrix, as a `torch.optim.Optimizer`.
+    """Adam in the eigenbasis of a Kronecker product that tracks the Fisher matrix: steps as of `SOAP`.
 
     Args:
         params: as for `SOAP`, as are the next two.
         lr: learning rate.
         weight_decay: rate of the decoupled decay.
-        **options: those of `curvlib.optim.scale_by_dykaf`.
+        **options: those of `curvlib.optim.scale_by_dykaf` and of every torch optimizer.
 
     Raises:
         ArgumentError: an option is out of its range, or there is none of this name.
@@ -79,24 +77,21 @@ class DyKAF(Adapter):
         >>> optimizer.step()
     """
 
-    def __init__(self, params: ParamsArgument, lr: float = 3e-3, *, weight_decay: float = 0.01, **options: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults_of(scale_by_dykaf, options)})
+    options = defaults_of(scale_by_dykaf)
 
-    def transformation(self, group: Group) -> GradientTransformation:
-        return scale_by_dykaf(**options_of(group))
-
-    def waits(self, group: Group) -> bool:
-        return group["start_step"] == 0
+    @classmethod
+    def transformation(cls, label: str, options: Group) -> GradientTransformation:
+        return scale_by_dykaf(**options)
 
 
 class KLShampoo(Adapter):
-    """Whitening by the factors nearest in the Kullback-Leibler divergence, as a `torch.optim.Optimizer`.
+    """Whitening by the factors nearest in the Kullback-Leibler divergence: steps as of `SOAP`.
 
     Args:
         params: as for `SOAP`, as are the next two.
         lr: learning rate.
         weight_decay: rate of the decoupled decay.
-        **options: those of `curvlib.optim.scale_by_kl_shampoo`.
+        **options: those of `curvlib.optim.scale_by_kl_shampoo` and of every torch optimizer.
 
     Raises:
         ArgumentError: an option is out of its range, or there is none of this name.
@@ -109,26 +104,23 @@ class KLShampoo(Adapter):
         >>> optimizer.step()
     """
 
-    def __init__(self, params: ParamsArgument, lr: float = 3e-3, *, weight_decay: float = 0.01, **options: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults_of(scale_by_kl_shampoo, options)})
+    options = defaults_of(scale_by_kl_shampoo)
 
-    def transformation(self, group: Group) -> GradientTransformation:
-        return scale_by_kl_shampoo(**options_of(group))
-
-    def waits(self, group: Group) -> bool:
-        return group["start_step"] == 0
+    @classmethod
+    def transformation(cls, label: str, options: Group) -> GradientTransformation:
+        return scale_by_kl_shampoo(**options)
 
 
 class Shampoo(Adapter):
-    """Inverse roots of Kronecker factors with grafting and momentum, as a `torch.optim.Optimizer`.
+    """Inverse roots of Kronecker factors with grafting and momentum: steps as of `SOAP`.
 
     Args:
-        params: as for `SOAP`.
+        params: as for `SOAP`, as are the next two.
         lr: learning rate.
-        weight_decay: rate of the decoupled decay, as for `SOAP`.
-        momentum: decay of the moving average of updates.
-        grafting: "adam": each parameter's update has the norm of Adam's without a first moment; "none": its own.
-        **options: those of `curvlib.optim.scale_by_shampoo`.
+        weight_decay: rate of the decoupled decay.
+        **options: ``momentum``: decay of the moving average of updates (0.9); ``grafting``: "adam": each parameter's
+            update has the norm of Adam's without a first moment (the default); "none": its own; those of
+            `curvlib.optim.scale_by_shampoo` and of every torch optimizer.
 
     Raises:
         ArgumentError: an option is out of its range, or there is none of this name.
@@ -141,21 +133,10 @@ class Shampoo(Adapter):
         >>> optimizer.step()
     """
 
-    def __init__(
-        self,
-        params: ParamsArgument,
-        lr: float = 3e-3,
-        *,
-        weight_decay: float = 0.01,
-        momentum: float = 0.9,
-        grafting: str = "adam",
-        **options: Any,
-    ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "grafting": grafting}
-        super().__init__(params, {**own, **defaults_of(scale_by_shampoo, options)})
+    options: ClassVar = {"momentum": 0.9, "grafting": "adam", **defaults_of(scale_by_shampoo)}
 
-    def transformation(self, group: Group) -> GradientTransformation:
-        options = options_of(group)
+    @classmethod
+    def transformation(cls, label: str, options: Group) -> GradientTransformation:
         momentum, grafting = options.pop("momentum"), options.pop("grafting")
         if grafting not in ("adam", "none"):
             raise ArgumentError(f"grafting must be 'adam' or 'none', got {grafting!r}")
@@ -163,3 +144,117 @@ class Shampoo(Adapter):
         if grafting == "adam":
             preconditioner = graft(preconditioner, scale_by_adam(betas=(0.0, 0.95)))
         return chain(preconditioner, heavy_ball(momentum, dampening=momentum))
+
+    def waits(self, group: Group) -> bool:
+        return False
+
+
+class AdamW(Adapter):
+    """AdamW with the steps of `torch.optim.AdamW`: p <- (1 - lr * weight_decay) p - lr * update.
+
+    Args:
+        params: as for `SOAP`.
+        lr: learning rate.
+        weight_decay: rate of the decoupled decay.
+        **options: those of `curvlib.optim.scale_by_adam` and of every torch optimizer.
+
+    Raises:
+        ArgumentError: an option is out of its range, or there is none of this name.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = AdamW(model.parameters(), betas=(0.9, 0.95))
+        >>> model(torch.ones(2, 4)).square().sum().backward()
+        >>> optimizer.step()
+    """
+
+    options = defaults_of(scale_by_adam)
+    decays_first = True
+
+    def __init__(
+        self, params: ParamsArgument, lr: float | Tensor = 1e-3, *, weight_decay: float = 0.01, **options: Any
+    ) -> None:
+        super().__init__(params, lr, weight_decay=weight_decay, **options)
+
+    @classmethod
+    def transformation(cls, label: str, options: Group) -> GradientTransformation:
+        return scale_by_adam(**options)
+
+
+class Muon(Adapter):
+    """Muon for matrices and AdamW for the rest: p <- (1 - lr * weight_decay) p - lr * update.
+
+    A group's ``use_muon`` says how its parameters are treated: True, all by Muon; False, all by AdamW; None, as
+    `curvlib.optim.matrices_or_rest` finds: by Muon if they have two or more dimensions. An embedding and a head are
+    matrices by their shapes; they are best put into a group with ``use_muon=False``. The same groups are understood by
+    `AdamW`, which treats them all alike.
+
+    Args:
+        params: as for `SOAP`.
+        lr: learning rate, of both; with the scaling "rms" Muon's updates are as large as AdamW's.
+        weight_decay: rate of the decoupled decay, of both.
+        momentum, nesterov, iterations, method, scaling: of Muon, as in `curvlib.optim.scale_by_muon`.
+        adamw_betas, adamw_eps: of AdamW.
+        use_muon: of the groups that do not say.
+        **options: those of every torch optimizer.
+
+    Raises:
+        ArgumentError: an option is out of its range, or there is none of this name.
+        ShapeError: by ``step``, a vector or a scalar in a group with ``use_muon=True``; the message names it.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3))
+        >>> optimizer = Muon([
+        ...     {"params": model[0].parameters(), "use_muon": False}, {"params": model[1].parameters()},
+        ... ])
+        >>> model(torch.tensor([0, 2])).square().sum().backward()
+        >>> optimizer.step()
+        >>> [list(optimizer.state[p]) for p in model.parameters()]
+        [['step', 'first', 'second'], ['momentum'], ['step', 'first', 'second']]
+    """
+
+    options: ClassVar = {
+        **defaults_of(scale_by_muon),
+        "adamw_betas": (0.9, 0.95),
+        "adamw_eps": 1e-8,
+        "use_muon": None,
+    }
+    decays_first = True
+
+    def __init__(
+        self,
+        params: ParamsArgument,
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        iterations: int = 5,
+        method: Literal["cans", "quintic"] = "cans",
+        scaling: Scaling = "rms",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        use_muon: bool | None = None,
+        **options: Any,
+    ) -> None:
+        options |= {"momentum": momentum, "nesterov": nesterov, "iterations": iterations, "method": method}
+        options |= {"scaling": scaling, "adamw_betas": adamw_betas, "adamw_eps": adamw_eps, "use_muon": use_muon}
+        super().__init__(params, lr, weight_decay=weight_decay, **options)
+
+    @classmethod
+    def transformation(cls, label: str, options: Group) -> GradientTransformation:
+        use_muon = options.pop("use_muon")
+        if use_muon not in (None, True, False):
+            raise ArgumentError(f"use_muon must be True, False or None, got {use_muon!r}")
+        betas, eps = options.pop("adamw_betas"), options.pop("adamw_eps")
+        return scale_by_muon(**options) if label == "matrix" else scale_by_adam(betas=betas, eps=eps)
+
+    def labels(self, group: Group) -> tuple[str, ...]:
+        return "matrix", "rest"
+
+    def label(self, group: Group, name: str, parameter: Tensor) -> str:
+        if group["use_muon"] is None:
+            return matrices_or_rest(name, parameter)
+        return "matrix" if group["use_muon"] else "rest"
