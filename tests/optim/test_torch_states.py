@@ -132,6 +132,16 @@ def test_a_file_is_read_without_this_library(tmp_path: Path) -> None:
     assert_equal(weights(model), weights(other))
 
 
+def test_options_may_be_written_as_they_are_saved() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    written = SOAP([weight], refresh="Warmup(2, then=Adaptive(0.1, every=2))", start_step=1)
+    given = SOAP([weight], **POLICIES)
+    assert written.rule(written.param_groups[0], "") is given.rule(given.param_groups[0], "")
+    for wrong in ("Every(", "Every(__import__('os'))", "Every(period=3)", "Every(steps=Print(3))"):
+        with pytest.raises(cv.errors.FormatError, match="cannot be read"):
+            SOAP([weight], refresh=wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_keep_their_dtypes_in_files(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.ones(3, 2, dtype=dtype))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvlib.errors import FormatError
 from curvlib.optim.dykaf_factors import DyKAFFactors
 from curvlib.optim.factors import KLFactors, ShampooFactors
 from curvlib.optim.refresh import Adaptive, Every, Warmup
@@ -21,29 +22,41 @@ torch.serialization.add_safe_globals(list(VALUES.values()))
 
 
 def plain(value: Any) -> Any:
-    """An option as numbers, strings, tuples and dictionaries: one of curvlib's values becomes (name, arguments).
+    """An option as plain data: one of curvlib's values becomes its representation, which `revived` reads.
+
+    A string is what comes through every file and through every tool that takes nested containers apart.
 
     Example:
         >>> plain(Warmup(5, then=Every(10)))
-        ('Warmup', {'steps': 5, 'then': ('Every', {'steps': 10})})
+        'Warmup(steps=5, then=Every(steps=10))'
     """
-    if type(value) in VALUES.values():
-        arguments = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return type(value).__name__, arguments
-    return value
+    return repr(value) if type(value) in VALUES.values() else value
 
 
 def revived(value: Any) -> Any:
-    """The inverse of `plain`.
+    """The inverse of `plain`. Nothing is evaluated: names of curvlib's values and literals are all that is read.
+
+    Raises:
+        FormatError: the arguments are no literals, or not those of the value.
 
     Example:
-        >>> revived(("Warmup", {"steps": 5, "then": ("Every", {"steps": 10})}))
-        Warmup(steps=5, then=Every(steps=10))
+        >>> revived("Warmup(steps=5, then=Every(10))"), revived("hadamard")
+        (Warmup(steps=5, then=Every(steps=10)), 'hadamard')
     """
-    match value:
-        case (str(name), dict(arguments)) if name in VALUES:
-            return VALUES[name](**{argument: revived(given) for argument, given in arguments.items()})
-    return value
+    if not isinstance(value, str) or value.partition("(")[0] not in VALUES:
+        return value
+    try:
+        return built(ast.parse(value, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(f"the option {value!r} cannot be read: {error}") from error
+
+
+def built(node: Any) -> Any:
+    """The value that a syntax tree of calls and literals stands for."""
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    named = {str(keyword.arg): built(keyword.value) for keyword in node.keywords}
+    return VALUES[node.func.id](*map(built, node.args), **named)  # type: ignore[attr-defined]
 
 
 def comparable(value: Any) -> Any:
