@@ -4,6 +4,7 @@ from curvlib.operators.base import Operator
 from curvlib.operators.bases import Basis, CanonicalBasis, LowRankBasis, OrthogonalBasis
 from curvlib.operators.block_side import BlockBasis, DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
+from curvlib.operators.cholesky import CholeskyInverse, ShiftedDense
 from curvlib.operators.combine import ema, merge_factors
 from curvlib.operators.damping import Damping, FactoredTikhonov, RelativeTikhonov, Tikhonov
 from curvlib.operators.differences import Difference
@@ -32,6 +33,7 @@ __all__ = [
     "CG",
     "CanonicalBasis",
     "Cholesky",
+    "CholeskyInverse",
     "Damping",
     "Dense",
     "DenseBlocks",
@@ -59,6 +61,7 @@ __all__ = [
     "ScaledIdentity",
     "ScaledPower",
     "Shifted",
+    "ShiftedDense",
     "SimultaneousKronecker",
     "Sketch",
     "Solver",

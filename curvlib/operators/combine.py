@@ -9,6 +9,7 @@ from curvlib.errors import ArgumentError, NotKroneckerError, PytreeError, naming
 from curvlib.operators.base import Operator
 from curvlib.operators.block_side import DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
+from curvlib.operators.cholesky import CholeskyInverse, ShiftedDense
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
 from curvlib.operators.kronecker_side import KroneckerSide
 from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
@@ -112,7 +113,11 @@ def merge(a: Operator, b: Operator, weights: Weights) -> Operator:
             return ScaledIdentity(wa * a.scale + wb * b.scale, a.vector)
         case Sum(), Sum() if len(a.terms) == len(b.terms):
             return Sum(tuple(merge(x, y, weights) for x, y in zip(a.terms, b.terms, strict=True)))
-        case ((EigenMatrix() | EigenKronecker()), _):
+        case ShiftedDense(), ShiftedDense():
+            dense = merge(a.base, b.base, weights)
+            assert isinstance(dense, Dense)
+            return ShiftedDense(dense, wa * a.shift + wb * b.shift)
+        case ((EigenMatrix() | EigenKronecker() | CholeskyInverse()), _):
             raise NotKroneckerError(
                 "operators in eigen-form have different eigenvectors and no factors left to merge; merge the factors "
                 "first and take inverses and powers of the result"

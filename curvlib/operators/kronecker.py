@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import Basis
+from curvlib.operators.cholesky import shifted_side
 from curvlib.operators.damping import Damping, FactoredTikhonov, as_damping, shift
 from curvlib.operators.matrices import Matrix, normal
 from curvlib.operators.vectors import check_shape
@@ -42,7 +43,8 @@ class MatrixBlock(Operator):
 class Kronecker(MatrixBlock):
     """G (x) A: V -> G V A on matrices V [m, n]; the matrix is ``torch.kron(G, A)`` for row-major V.
 
-    Its powers are Kronecker products too; with `Tikhonov` damping it becomes an `EigenKronecker`.
+    Its powers are Kronecker products too; with `Tikhonov` damping it becomes an `EigenKronecker`. Its inverse with
+    `FactoredTikhonov` damping takes Cholesky decompositions of dense sides, no eigendecomposition.
 
     Args:
         left: G, a `Matrix` on [*, m].
@@ -101,10 +103,7 @@ class Kronecker(MatrixBlock):
         if not isinstance(damping, FactoredTikhonov):
             return self.eigen().damp(damping)
         left_shift, right_shift = self.side_shifts(damping)
-        return Kronecker(
-            self.left.eigen().map_eigenvalues(lambda mu: mu + left_shift.unsqueeze(-1)),
-            self.right.eigen().map_eigenvalues(lambda nu: nu + right_shift.unsqueeze(-1)),
-        )
+        return Kronecker(shifted_side(self.left, left_shift), shifted_side(self.right, right_shift))
 
     def side_shifts(self, damping: FactoredTikhonov) -> tuple[Tensor, Tensor]:
         """The multiples of the identity [*] that are added to G and to A."""

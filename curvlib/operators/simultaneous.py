@@ -20,6 +20,7 @@ from curvlib.linalg.gram import full_precision
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import CanonicalBasis, OrthogonalBasis
 from curvlib.operators.block_side import BlockBasis, Runs, block_runs_of, diagonal_blocks
+from curvlib.operators.cholesky import CholeskyInverse, ShiftedDense
 from curvlib.operators.damping import Damping
 from curvlib.operators.interfaces import Determinant
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
@@ -202,7 +203,8 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
 
 def is_dense(side: Matrix) -> bool:
     """Whether a side is kept as a dense matrix."""
-    return isinstance(side, Dense) or (isinstance(side, EigenMatrix) and isinstance(side.basis, OrthogonalBasis))
+    orthogonal = isinstance(side, EigenMatrix) and isinstance(side.basis, OrthogonalBasis)
+    return orthogonal or isinstance(side, (Dense, ShiftedDense, CholeskyInverse))
 
 
 def is_diagonal(side: Matrix) -> bool:

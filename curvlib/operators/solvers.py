@@ -12,6 +12,7 @@ from curvlib.linalg.eager import is_eager
 from curvlib.operators.base import Operator, is_zero
 from curvlib.operators.block_side import DenseBlocks
 from curvlib.operators.blocks import BlockDiagonal
+from curvlib.operators.cholesky import ShiftedDense
 from curvlib.operators.damping import Damping, FactoredTikhonov, as_damping, shift
 from curvlib.operators.inverse import Solver
 from curvlib.operators.kronecker import EigenKronecker, Kronecker
@@ -113,6 +114,8 @@ def definite_inverse(matrix: Matrix, shift: Tensor | None) -> Matrix:
             return Dense(cholesky_inverse(matrix.matrix, shift))
         case DenseBlocks():
             return matrix.map_stacks(lambda stack: cholesky_inverse(stack, None if shift is None else shift[..., None]))
+        case ShiftedDense(base=base, shift=own):
+            return definite_inverse(base, own if shift is None else own + shift)
         case Diagonal() | ScaledIdentity() | LowRank() | EigenMatrix():
             eigen = matrix.eigen()
             values = eigen.values if shift is None else eigen.values + shift.unsqueeze(-1)
