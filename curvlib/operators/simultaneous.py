@@ -195,10 +195,15 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
     half = torch.linalg.solve_triangular(lower, unit - mean, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)  # L^-1 (G_k - mean) L^-T
     vectors = torch.linalg.solve_triangular(lower.mT, eigh(principal(whitened))[1], upper=True)
-    inverse_trace = vectors.square().sum((-2, -1))  # the trace of the inverse of the metric, whose trace is about 1
-    if is_eager() and not bool((inverse_trace * torch.finfo(vectors.dtype).eps * size < 1).all()):
+    if is_eager() and not bool((congruence_error(metric, vectors) < 0.01).all()):
         return None
     return Frame(OrthogonalBasis(vectors), False)
+
+
+def congruence_error(metric: Tensor, vectors: Tensor) -> Tensor:
+    """The largest entry of W^T M W - I: rounding, eps times the condition number of M."""
+    product = vectors.mT @ (metric @ vectors)
+    return (product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)).abs().amax((-2, -1))
 
 
 def is_dense(side: Matrix) -> bool:
