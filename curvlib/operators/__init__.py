@@ -18,6 +18,7 @@ from curvlib.operators.low_rank import LowRank
 from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix, ScaledIdentity
 from curvlib.operators.nearest import nearest_kronecker
 from curvlib.operators.projection import Projection
+from curvlib.operators.row_blocks import RowBlocks
 from curvlib.operators.scaled_power import ScaledPower
 from curvlib.operators.shifted import Shifted
 from curvlib.operators.simultaneous import SimultaneousKronecker
@@ -58,6 +59,7 @@ __all__ = [
     "Projection",
     "Region",
     "RelativeTikhonov",
+    "RowBlocks",
     "ScaledIdentity",
     "ScaledPower",
     "Shifted",

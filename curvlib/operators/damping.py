@@ -42,7 +42,9 @@ class FactoredTikhonov:
     """(G + sqrt(d) / pi I) (x) (A + pi sqrt(d) I), pi^2 = (tr A / d_A) / (tr G / d_G): stays a Kronecker product.
 
     With ``relative``, d is that many times the block's mean eigenvalue, which amounts to adding sqrt(r) times its own
-    mean eigenvalue to either side. A block without sides gets d I. (Martens & Grosse 2015, section 6.3.)
+    mean eigenvalue to either side. A block without sides gets d I. Every Kronecker product in a sum is damped so, with
+    the pi and the mean eigenvalue of its own, and the sum of the other terms gets d I: a tied weight with k uses gets
+    k d I and what its sides add. (Martens & Grosse 2015, section 6.3.)
 
     Args:
         strength: d >= 0 (or r), a number or a 0-d tensor.

@@ -15,6 +15,7 @@ from curvlib.pytree import Tree
 
 if TYPE_CHECKING:
     from curvlib.operators.base import Operator
+    from curvlib.operators.damping import FactoredTikhonov
 
 
 class QuadraticForm(ABC):
@@ -31,6 +32,14 @@ class Determinant(ABC):
     @abstractmethod
     def _logdet(self) -> Tensor:
         """Log det curv, of an operator in float32 at least."""
+
+
+class FactoredTerms(ABC):
+    """An operator with terms that `FactoredTikhonov` damps one by one."""
+
+    @abstractmethod
+    def _damp_terms(self, damping: FactoredTikhonov) -> Operator | None:
+        """The operator with its Kronecker products damped, and d I for the other terms; None: there are no products."""
 
 
 class Recast(ABC):

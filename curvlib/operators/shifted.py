@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvlib.operators.base import Operator
 from curvlib.operators.damping import Damping, FactoredTikhonov, Tikhonov, as_damping, shift
-from curvlib.operators.interfaces import QuadraticForm
+from curvlib.operators.interfaces import FactoredTerms, QuadraticForm
 from curvlib.operators.lazy import Invertible, zero_like
 from curvlib.operators.matrices import normal
 from curvlib.pytree import Domain, Tree, add, inner, register, scale, tree_map
@@ -59,7 +59,11 @@ class Shifted(Invertible, QuadraticForm):
     def dense(self) -> Operator:
         return self.operator.dense().damp(self.shift)
 
-    def damp(self, damping: Damping | float | Tensor) -> Shifted:
+    def damp(self, damping: Damping | float | Tensor) -> Operator:
+        if isinstance(damping, FactoredTikhonov) and isinstance(self.operator, FactoredTerms):
+            damped = self.operator._damp_terms(damping)
+            if damped is not None:
+                return damped.damp(Tikhonov(self.shift))
         return Shifted(self.operator, self.shift + shifted(self, damping).shift)
 
     def _inverse(self, shift: Tensor | None, *, damped: bool) -> Operator:

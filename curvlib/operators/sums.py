@@ -7,13 +7,14 @@ from torch import Tensor
 
 from curvlib.errors import PytreeError
 from curvlib.operators.base import Operator, remembered
-from curvlib.operators.damping import Damping
-from curvlib.operators.interfaces import QuadraticForm
+from curvlib.operators.damping import Damping, FactoredTikhonov
+from curvlib.operators.interfaces import FactoredTerms, QuadraticForm
 from curvlib.operators.inverse import CG, Inverse
 from curvlib.operators.kronecker import Kronecker
 from curvlib.operators.lazy import MAX_DENSE, Invertible, dense_operator
+from curvlib.operators.row_blocks import row_blocks
 from curvlib.operators.shifted import Shifted, shifted
-from curvlib.operators.sum_inverses import direct_inverse, rough_inverse
+from curvlib.operators.sum_inverses import as_product, direct_inverse, rough_inverse
 from curvlib.pytree import Domain, Tree, add, register
 
 
@@ -29,12 +30,13 @@ def lazy_sum(*operators: Operator) -> Operator:
 
 
 @register
-class Sum(Invertible, QuadraticForm):
+class Sum(Invertible, QuadraticForm, FactoredTerms):
     """The exact sum of operators on the same vectors: applied term by term, never merged.
 
     A sum of two Kronecker products is inverted in closed form, see `SimultaneousKronecker`, and so is a damped one if
-    the damping can be added to a side, because the other side of its product is a multiple of the identity. Products
-    that are damped one by one, with `FactoredTikhonov`, and then added, remain two. What else needs eigenvalues goes
+    the damping can be added to a side, because the other side of its product is a multiple of the identity. With
+    `FactoredTikhonov` every product is damped on its own, and two remain two. Products that are all diagonal on one
+    side, such as those of a table of tokens, have one matrix a row, see `RowBlocks`. What else needs eigenvalues goes
     through the dense matrix up to `MAX_DENSE` rows; larger sums are inverted by conjugate gradients, see
     `CG`.
 
@@ -84,11 +86,26 @@ class Sum(Invertible, QuadraticForm):
         return torch.stack([product.sum() for product in products]).sum().clamp(min=0).sqrt()
 
     @remembered
-    def dense(self) -> Operator:
-        return dense_operator(self, f"a sum of {len(self.terms)} operators")
+    def by_rows(self) -> Operator | None:
+        """The same operator with one matrix a row, if there are `row_blocks`."""
+        products = [product for product in map(as_product, self.terms) if product is not None]
+        return row_blocks(products, Sum) if len(products) == len(self.terms) else None
 
-    def damp(self, damping: Damping | float | Tensor) -> Shifted:
-        return shifted(self, damping)
+    @remembered
+    def dense(self) -> Operator:
+        rows = self.by_rows()
+        return rows if rows is not None else dense_operator(self, f"a sum of {len(self.terms)} operators")
+
+    def damp(self, damping: Damping | float | Tensor) -> Operator:
+        damped = self._damp_terms(damping) if isinstance(damping, FactoredTikhonov) else None
+        return shifted(self, damping) if damped is None else damped
+
+    def _damp_terms(self, damping: FactoredTikhonov) -> Operator | None:
+        products = [term.damp(damping) for term in self.terms if isinstance(term, Kronecker)]
+        others = [term for term in self.terms if not isinstance(term, Kronecker)]
+        if products and others:
+            return lazy_sum(*products) + lazy_sum(*others).damp(damping)
+        return lazy_sum(*products) if products else None
 
     def _inverse(self, shift: Tensor | None, *, damped: bool) -> Operator:
         if shift is None and not damped:
@@ -116,13 +133,13 @@ class Sum(Invertible, QuadraticForm):
 
 
 def inverse(total: Sum, shift: Tensor | None, *, damped: bool) -> Operator:
-    """The inverse of a sum and shift I: direct, dense, or by conjugate gradients."""
+    """The inverse of a sum and shift I: direct, dense or by rows, or by conjugate gradients."""
     operator = total if shift is None else Shifted(total, shift)
     if total.matrix_free:
         return Inverse(operator, CG())
     direct = direct_inverse(total.terms, shift, damped=damped)
     if direct is not None:
         return direct
-    if total.domain.size <= MAX_DENSE:
+    if total.domain.size <= MAX_DENSE or total.by_rows() is not None:
         return operator.dense()._power(-1, damped=damped)
     return Inverse(operator, CG(rough_inverse(total.terms, shift, damped=damped)))

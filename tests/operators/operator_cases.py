@@ -49,11 +49,18 @@ one_of = functools.cache(st.sampled_from)  # strategies are checked once
 
 
 @dataclass(frozen=True)
+class Terms:
+    """The dense twins of the terms of a sum, with the factors of those that are Kronecker products."""
+
+    members: tuple[tuple[Tensor, Sides | None], ...]
+
+
+@dataclass(frozen=True)
 class Part:
     """A diagonal block of the dense twin: its rows, and the factors of each group if it is a Kronecker product."""
 
     rows: Tensor
-    sides: Sides | None
+    sides: Sides | Terms | None
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,29 @@ class Case:
         result = self.dense.clone()
         for part in self.parts:
             block = self.dense[part.rows[:, None], part.rows]
-            if part.sides is not None and isinstance(damping, FactoredTikhonov):
-                damped = [factored(g, a, damping.strength, relative=relative) for g, a in part.sides]
-                result[part.rows[:, None], part.rows] = torch.block_diag(*damped)
+            if isinstance(damping, FactoredTikhonov):
+                members = part.sides.members if isinstance(part.sides, Terms) else ((block, part.sides),)
+                result[part.rows[:, None], part.rows] = factored_terms(members, damping)
                 continue
             shift = damping.strength * (block.trace() / len(block) if relative else 1.0)
             result[part.rows, part.rows] += shift
         return result
+
+
+def factored_terms(members: Sequence[tuple[Tensor, Sides | None]], damping: FactoredTikhonov) -> Tensor:
+    """Every product damped on its own, and the sum of the other terms by d I."""
+    d, relative = damping.strength, damping.relative
+    damped = [
+        torch.block_diag(*(factored(g, a, d, relative=relative) for g, a in sides))
+        for _, sides in members
+        if sides is not None
+    ]
+    others = [dense for dense, sides in members if sides is None]
+    if others:
+        rest = torch.stack(others).sum(0)
+        shift = d * (rest.trace() / len(rest) if relative else 1.0)
+        damped.append(rest + shift * torch.eye(len(rest), dtype=rest.dtype))
+    return torch.stack(damped).sum(0)
 
 
 def factored(g: Tensor, a: Tensor, d: float, *, relative: bool) -> Tensor:
@@ -170,7 +193,7 @@ def joined(stacks: Sequence[Tensor]) -> Tensor:
 
 FACTORS = ("dense", "diagonal", "scaled identity", "dense blocks")
 EIGEN = ("eigen", "canonical eigen", "block eigen")
-Block = tuple[Operator, Tensor, Sides | None]  # operator, dense twin, factors
+Block = tuple[Operator, Tensor, Sides | Terms | None]  # operator, dense twin, factors
 SHARED_SIDES = st.sampled_from([(False, False), (True, False), (False, True)])  # by all groups
 
 
@@ -236,7 +259,13 @@ def sum_block(draw: Draw, shape: tuple[int, ...], random: Random, *, mergeable: 
             terms.append(kronecker_block(draw, shape, random, sides))
         case _:
             terms.append(eigen_kronecker_block(draw, shape, random))
-    return Sum(tuple(term for term, _, _ in terms)), torch.stack([dense for _, dense, _ in terms]).sum(0), None
+    return sum_of_blocks(terms)
+
+
+def sum_of_blocks(blocks: Sequence[Block]) -> Block:
+    members = tuple((dense, sides) for _, dense, sides in blocks if not isinstance(sides, Terms))
+    total = torch.stack([dense for dense, _ in members]).sum(0)
+    return Sum(tuple(term for term, _, _ in blocks)), total, Terms(members)
 
 
 def tensor_case(built: Block) -> Case:

@@ -13,7 +13,6 @@ from torch import Tensor
 from curvlib.errors import NonFiniteError, NotKroneckerError, SingularError
 from curvlib.operators import (
     CholeskyInverse,
-    ShiftedDense,
     Damping,
     Dense,
     Diagonal,
@@ -22,6 +21,7 @@ from curvlib.operators import (
     Kronecker,
     Matrix,
     ScaledIdentity,
+    ShiftedDense,
     merge_factors,
 )
 from tests.operators import side_checks
