@@ -152,3 +152,101 @@ def test_an_embedding_and_a_head_merge_with_the_trace_of_their_sum(reduction: st
     torch.testing.assert_close(merged.trace(), total.trace(), rtol=1e-12, atol=0)
     assert reference.relative_error(merged.to_dense(), total.to_dense()) < 0.6
     assert merged.inverse(0.1).logdet().isfinite()
+
+
+# --- damped inverses ----------------------------------------------------------------------------------------------
+
+WORDS = torch.tensor([[0, 3, 3], [3, 1, 0], [5, 5, 1]])  # tokens 2, 4 and 6 never occur
+
+
+def language_model(params: Params, word: Tensor) -> Tensor:
+    hidden = torch.tanh(F.embedding(word, params["table"])) @ params["mix"].T
+    return hidden @ params["head" if "head" in params else "table"].T
+
+
+def with_two_tables_in_one(params: Params, word: Tensor) -> Tensor:
+    hidden = torch.tanh(F.embedding(word, params["table"])) + F.embedding(word.flip(1), params["table"]) ** 2
+    return hidden @ params["mix"].T @ params["table"].T
+
+
+TIED = {"table": torch.zeros(7, 4), "mix": torch.zeros(4, 4)}
+MODELS: dict[str, tuple[Callable[[Params, Tensor], Tensor], Params, int]] = {
+    "tied": (language_model, TIED, 2),
+    "untied": (language_model, {**TIED, "head": torch.zeros(7, 4)}, 1),
+    "three uses": (with_two_tables_in_one, TIED, 3),
+}
+DAMPINGS: dict[str, cv.Damping | float] = {
+    "factored": cv.FactoredTikhonov(1e-3),
+    "relative": cv.FactoredTikhonov(1e-2, relative=True),
+    "number": 1e-3,
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+every_damping = pytest.mark.parametrize("damping", DAMPINGS.values(), ids=DAMPINGS)
+diagonal_or_dense = pytest.mark.parametrize("wide", ["diagonal", "dense"])
+
+
+def language_curvature(name: str, wide: str) -> cv.BlockDiagonal:
+    model_fn, shapes, _ = MODELS[name]
+    case = problem(model_fn, WORDS, "cross-entropy", "mean", params=shapes)
+    return case.kfac(wide=cv.WideDiagonal(5)) if wide == "diagonal" else case.kfac()
+
+
+def term_by_term(block: cv.Operator, damping: cv.Damping | float) -> Tensor:
+    """The dense matrix of a block that is damped by the formulas."""
+    terms = block.terms if isinstance(block, cv.Sum) else (block,)
+    dense = [torch.kron(term.left.to_dense(), term.right.to_dense()) for term in terms]
+    if not isinstance(damping, cv.FactoredTikhonov):
+        return torch.stack(dense).sum(0) + damping * torch.eye(len(dense[0]), dtype=torch.float64)
+    damped = []
+    for term in terms:
+        g, a = term.left.to_dense(), term.right.to_dense()
+        means = [x.trace() / len(x) for x in (g, a)]
+        root = (damping.strength * (means[0] * means[1] if damping.relative else 1.0)) ** 0.5
+        pi = (means[1] / means[0]) ** 0.5
+        eyes = [torch.eye(len(x), dtype=x.dtype) for x in (g, a)]
+        damped.append(torch.kron(g + root / pi * eyes[0], a + pi * root * eyes[1]))
+    return torch.stack(damped).sum(0)
+
+
+@every_model
+@every_damping
+@diagonal_or_dense
+def test_a_damped_inverse_of_a_language_model_is_the_dense_solution(
+    name: str, damping: cv.Damping | float, wide: str
+) -> None:
+    curv = language_curvature(name, wide)
+    table = curv.blocks["table"]
+    assert len(getattr(table, "terms", (table,))) == MODELS[name][2]
+    inverse = curv.inverse(damping)
+    vectors = {key: normal(7, 3, *x.shape) for key, x in MODELS[name][1].items()}
+    solved, mapped = inverse.matmat(vectors), torch.func.vmap(lambda v: inverse @ v)(vectors)
+    for key, block in curv.blocks.items():
+        rows = vectors[key] if block.domain.shapes[0] == vectors[key].shape[1:] else vectors[key].mT
+        dense = term_by_term(block, damping)
+        expected = torch.linalg.solve(dense, rows.reshape(3, -1).mT).mT.reshape(rows.shape)
+        expected = expected if rows is vectors[key] else expected.mT
+        assert reference.relative_error(solved[key], expected) <= 1e-10
+        assert reference.relative_error(mapped[key], expected) <= 1e-10
+        inverted = inverse.blocks[key]
+        assert reference.relative_error(inverted.trace(), torch.linalg.inv(dense).trace()) <= 1e-10
+        assert reference.relative_error(inverted.logdet(), -torch.logdet(dense)) <= 1e-10
+        root = inverted.power(0.5).to_dense()
+        assert reference.relative_error(root @ root @ dense, torch.eye(len(dense), dtype=dense.dtype)) <= 1e-9
+        assert reference.relative_error(inverted.inverse().to_dense(), dense) <= 1e-10
+
+
+@every_damping
+def test_no_value_is_looked_at_where_a_curvature_is_inverted_under_a_transform(damping: cv.Damping | float) -> None:
+    curv = language_curvature("tied", "diagonal")
+    vector = {key: normal(8, *x.shape) for key, x in TIED.items()}
+    scales = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    mapped = torch.func.vmap(lambda s: (s * curv).inverse(damping) @ vector)(scales)
+    for i, scale in enumerate(scales):
+        expected = (scale * curv).inverse(damping) @ vector
+        assert all(reference.relative_error(mapped[key][i], expected[key]) <= 1e-10 for key in vector)
+
+
+def test_the_table_of_a_language_model_is_inverted_without_iterations() -> None:
+    curv = language_curvature("tied", "diagonal")
+    assert isinstance(curv.inverse(cv.FactoredTikhonov(1e-3)).blocks["table"], cv.operators.SimultaneousKronecker)
+    assert isinstance(curv.inverse(1e-3).blocks["table"], cv.operators.RowBlocks)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from curvlib.errors import SingularError
 from curvlib.operators import (
     Dense,
+    Diagonal,
     EigenKronecker,
     FactoredTikhonov,
     Inverse,
@@ -23,6 +24,7 @@ from curvlib.operators import (
     ScaledIdentity,
     Shifted,
     SimultaneousKronecker,
+    Sum,
 )
 from tests.operators.kronecker_sum_cases import big, briefly, dense_sum, eye, products, seeds, thoroughly
 from tests.operators.operator_cases import (
@@ -131,6 +133,20 @@ def test_products_damped_one_by_one_are_two_products() -> None:
     inverse = damped.inverse()
     assert isinstance(inverse, SimultaneousKronecker)
     assert_close(inverse.to_dense(), torch.linalg.inv(damped.to_dense()), 1e-9)
+
+
+@pytest.mark.parametrize("strength", [1e-2, 1.0])
+def test_wide_sides_in_single_precision_have_a_direct_inverse_too(strength: float) -> None:
+    random = Random(generator(0))
+    width, tokens = 320, 40
+    factors = [x @ x.mT / width for x in (random.normal(width, 200) for _ in range(2))]  # singular
+    counts = [random.positive(tokens) * (torch.arange(tokens) < 9), random.positive(tokens)]
+    total = Sum(tuple(Kronecker(Dense(m), Diagonal(d)) for m, d in zip(factors, counts, strict=True)))
+    damping, v = FactoredTikhonov(strength, relative=True), random.normal(width, tokens)
+    inverse = total.to(dtype=torch.float32).inverse(damping)
+    assert isinstance(inverse, SimultaneousKronecker)
+    residual = total.damp(damping) @ (inverse @ v.float()).double() - v
+    assert float(residual.norm()) <= 1e-4 * float(v.norm())
 
 
 def test_the_inverse_of_two_products_goes_through_transforms() -> None:
