@@ -24,7 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import curvlib as cv
 from curvlib.errors import ArgumentError
-from curvlib.estimators.data import check_order, check_same_examples
+from curvlib.gradients.data import check_order, check_same_examples
 
 DATA = TensorDataset(normal(0, 6, 3), normal(1, 6, 2))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlib as cv
-from curvlib.estimators.per_example import example_gradients
+from curvlib.gradients.per_example import example_gradients
 from curvlib.operators import Operator
 from curvlib.pytree import flatten
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import curvlib as cv
 from curvlib.errors import ArgumentError, CaptureError, TargetError
-from curvlib.estimators.per_example import (
+from curvlib.gradients.per_example import (
     DenseGradients,
     ElementwiseGradients,
     ExampleGradients,

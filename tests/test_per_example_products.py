@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import curvlib as cv
 from curvlib.errors import ShapeError
-from curvlib.estimators import block_gradients
-from curvlib.estimators.per_example import ElementwiseGradients, RowGradients, example_gradients
+from curvlib.gradients import block_gradients
+from curvlib.gradients.per_example import ElementwiseGradients, RowGradients, example_gradients
 
 
 @pytest.mark.parametrize("memory", [1 << 23, 1])

@@ -1,6 +1,5 @@
 """Estimators: from a model and data to curvature objects."""
 
-from curvlib.estimators.data import DataSet, over
 from curvlib.estimators.diagonal import diagonal
 from curvlib.estimators.dykaf import DyKAF, dykaf
 from curvlib.estimators.ekfac import eigenvalue_correct, ekfac, tkfac
@@ -10,6 +9,7 @@ from curvlib.estimators.jacobian import Jacobian, TransposedJacobian, jacobian
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.kl_shampoo import KLShampoo, kl_shampoo
 from curvlib.estimators.shampoo import Shampoo, shampoo
+from curvlib.gradients.data import DataSet, over
 
 __all__ = [
     "DyKAF",

@@ -17,11 +17,11 @@ from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
 from curvlib.estimators.correction import GradientSquares, MomentCollector
-from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
+from curvlib.gradients.data import Batch, DataSet
 from curvlib.layers.wide import WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Diagonal, Operator

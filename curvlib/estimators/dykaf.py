@@ -26,7 +26,6 @@ from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import naming
-from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import elementwise_block
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.gradients import Number, begin, check_diagonal, places_of_leaves, step
@@ -34,6 +33,7 @@ from curvlib.estimators.observations import Observations, Sandwiches, observe, o
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Statistics
 from curvlib.estimators.tracking import Flags, Rule, block_with, columns, identity, stepped
+from curvlib.gradients.data import Batch, DataSet
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.linalg.projector_splitting import Rearranged
 from curvlib.losses import CrossEntropy, Loss

@@ -30,13 +30,13 @@ from curvlib.estimators.correction import (
     Totals,
     TraceMoments,
 )
-from curvlib.estimators.data import Batch, DataSet, batches, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import UseSums, added, assemble, check_finite, kronecker_block
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import curvature_dtype, measure_all, require_examples
 from curvlib.factors.axes import entrywise
+from curvlib.gradients.data import Batch, DataSet, batches, repeatable
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss

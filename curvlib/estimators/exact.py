@@ -23,12 +23,12 @@ from torch import Tensor
 from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, NonFiniteError
-from curvlib.estimators.data import Batch, DataSet, batches, check_order
 from curvlib.estimators.kinds import Draws, How, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
 from curvlib.estimators.linearization import Mode
 from curvlib.estimators.running import LeafFn, Leaves, Running, twice_differentiable
 from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, cut, detached
 from curvlib.estimators.trial import Case, settle
+from curvlib.gradients.data import Batch, DataSet, batches, check_order
 from curvlib.linalg.eager import differentiable, is_eager, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.losses import CrossEntropy, Loss

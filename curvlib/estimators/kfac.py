@@ -18,11 +18,11 @@ import torch
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
-from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import FactorCollector, assemble, kronecker_block
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
+from curvlib.gradients.data import Batch, DataSet
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Operator

@@ -32,7 +32,6 @@ from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
-from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import elementwise_block
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.gradients import (
@@ -54,6 +53,7 @@ from curvlib.estimators.observations import Observations, observe, of_objective,
 from curvlib.estimators.options import Options
 from curvlib.factors.axes import entrywise
 from curvlib.factors.kl_shampoo import isotropic, mean_square, whitening, with_inverses
+from curvlib.gradients.data import Batch, DataSet
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledPower

@@ -21,12 +21,12 @@ from curvlib.capture.engines import ModelFn, Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.errors import ArgumentError, CaptureError, naming
 from curvlib.estimators.correction import GradientSquares, Moment, MomentCollector, Use, in_chunks
-from curvlib.estimators.data import Batch, DataSet, batches, repeatable
 from curvlib.estimators.elementwise import ElementwiseCollector
 from curvlib.estimators.factors import check_finite
 from curvlib.estimators.gradients import Advance, Place, Start, begin, step
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Collector, Pass, Statistics, measure_all, shapes
+from curvlib.gradients.data import Batch, DataSet, batches, repeatable
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide

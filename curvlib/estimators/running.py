@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import CaptureError, DtypeError
-from curvlib.estimators.data import own_generators
 from curvlib.functional import one_of_several
+from curvlib.gradients.data import own_generators
 from curvlib.linalg.eager import differentiable, uncompiled
 from curvlib.pytree import Domain
 

@@ -25,7 +25,6 @@ from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
 from curvlib.estimators.correction import MomentCollector, TraceMoments
-from curvlib.estimators.data import Batch, DataSet
 from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.gradients import (
@@ -44,6 +43,7 @@ from curvlib.estimators.observations import of_objective
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
 from curvlib.factors.axes import unfolded
+from curvlib.gradients.data import Batch, DataSet
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Matrix, Operator, ScaledPower

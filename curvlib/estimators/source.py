@@ -11,8 +11,8 @@ from torch import Tensor
 
 from curvlib import containers
 from curvlib.errors import ArgumentError
-from curvlib.estimators.data import DataSet, batches, check_order, check_same_examples
 from curvlib.estimators.kinds import Draws
+from curvlib.gradients.data import DataSet, batches, check_order, check_same_examples
 from curvlib.linalg.eager import is_eager, ordinary
 from curvlib.pytree import Domain, Tree, flatten, register, static
 

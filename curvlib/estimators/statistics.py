@@ -20,8 +20,8 @@ from curvlib.capture.aliases import parameters
 from curvlib.capture.engines import ModelFn, Pullback, examples_in
 from curvlib.capture.plan import Block, Placement, Site
 from curvlib.errors import CaptureError, naming
-from curvlib.estimators.data import Batch, DataSet, batches
 from curvlib.estimators.options import Options
+from curvlib.gradients.data import Batch, DataSet, batches
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.linalg.eager import differentiable, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, PytreeError
-from curvlib.estimators.data import Batch, DataSet, check_order, repeatable
+from curvlib.gradients.data import Batch, DataSet, check_order, repeatable
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.examples import Group, Record, groups
 from curvlib.influence.folder import (

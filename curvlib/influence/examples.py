@@ -18,7 +18,7 @@ from curvlib import containers
 from curvlib.capture.engines import examples_in
 from curvlib.checksums import content
 from curvlib.errors import ArgumentError, EmptyBatchError
-from curvlib.estimators.data import Batch, DataSet, batches
+from curvlib.gradients.data import Batch, DataSet, batches
 from curvlib.influence.fingerprints import named
 
 

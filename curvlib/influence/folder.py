@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from curvlib.capture.engines import examples_in
 from curvlib.errors import ArgumentError, FormatError
-from curvlib.estimators.data import Batch, DataSet, batches
+from curvlib.gradients.data import Batch, DataSet, batches
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.manifest import PROJECTION, Manifest, Recipe, Shard
 from curvlib.io import load

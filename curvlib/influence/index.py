@@ -14,7 +14,7 @@ from torch import Tensor
 from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, DtypeError, FormatError, NonFiniteError, ShapeError
-from curvlib.estimators.data import Batch, DataSet
+from curvlib.gradients.data import Batch, DataSet
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.folder import stored_projection
 from curvlib.influence.manifest import BlockRow, Manifest

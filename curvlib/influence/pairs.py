@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvlib.estimators.block_gradients import BlockGradients, RowGradients, by_position
 from curvlib.estimators.correction import Use
+from curvlib.gradients.block_gradients import BlockGradients, RowGradients, by_position
 from curvlib.layers.rows import GRADIENTS_AT_ONCE, DenseRows, OneHotRows, Rows, summed
 
 

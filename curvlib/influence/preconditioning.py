@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from curvlib.errors import ArgumentError, CaptureError, PytreeError
-from curvlib.estimators.data import Batch, DataSet, repeatable
-from curvlib.estimators.per_example import BlockGradients, ExampleGradients, RowGradients
+from curvlib.gradients.data import Batch, DataSet, repeatable
+from curvlib.gradients.per_example import BlockGradients, ExampleGradients, RowGradients
 from curvlib.influence.pairs import Products, Vectors, Whole, joined
 from curvlib.influence.rotated_rows import product, rotatable
 from curvlib.layers.rows import GRADIENTS_AT_ONCE, DenseRows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlib.estimators.per_example import BlockGradients, ExampleGradients
+from curvlib.gradients.per_example import BlockGradients, ExampleGradients
 from curvlib.influence.preconditioning import Inverse, apply, ranges
 from curvlib.influence.rotated_rows import quadratic, rotatable
 from curvlib.operators import BlockDiagonal, EigenKronecker, Kronecker, Operator

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlib.estimators.block_gradients import BlockGradients, RowGradients
 from curvlib.estimators.correction import Use
+from curvlib.gradients.block_gradients import BlockGradients, RowGradients
 from curvlib.layers.rows import DenseRows, chunks
 from curvlib.operators import EigenKronecker
 from curvlib.operators.bases import CanonicalBasis

@@ -11,8 +11,8 @@ from curvlib.capture import Plan
 from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import NonFiniteError
-from curvlib.estimators.per_example import example_gradients
 from curvlib.estimators.statistics import shapes
+from curvlib.gradients.per_example import example_gradients
 from curvlib.influence.examples import Examples
 from curvlib.influence.manifest import block_rows
 from curvlib.losses import Loss

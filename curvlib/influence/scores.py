@@ -13,9 +13,9 @@ from tqdm import tqdm
 from curvlib.arguments import check_model
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, ShapeError, naming
-from curvlib.estimators.data import Batch, DataSet, check_order
 from curvlib.estimators.observations import objective_gradient, planned
-from curvlib.estimators.per_example import ExampleGradients, example_gradients
+from curvlib.gradients.data import Batch, DataSet, check_order
+from curvlib.gradients.per_example import ExampleGradients, example_gradients
 from curvlib.influence.pairs import Vectors
 from curvlib.influence.preconditioning import Inverse, apply, check_inverse, in_blocks, stacks
 from curvlib.influence.quadratic import quadratic_forms

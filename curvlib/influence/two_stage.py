@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlib.capture.engines import ModelFn, examples_in
 from curvlib.errors import ArgumentError, ShapeError
-from curvlib.estimators.data import Batch, DataSet, batches, repeatable
+from curvlib.gradients.data import Batch, DataSet, batches, repeatable
 from curvlib.influence.index import Index
 from curvlib.influence.preconditioning import Inverse
 from curvlib.influence.scores import scores

@@ -24,7 +24,7 @@ from curvlib.operators.vectors import cast, floating_dtype, vector_leaves, wides
 from curvlib.pytree import Domain, Tree, register, static
 
 if TYPE_CHECKING:
-    from curvlib.estimators.per_example import BlockGradients, ExampleGradients
+    from curvlib.gradients.per_example import BlockGradients, ExampleGradients
     from curvlib.losses import Loss
 
 
@@ -104,9 +104,9 @@ class Projection:
             >>> root.project(EigenSketch(rank=2)).per_example(model_fn, params, batch)["w"].shape
             torch.Size([9, 2, 2])
         """
-        from curvlib.estimators.data import check_order
         from curvlib.estimators.observations import planned  # estimators are made of operators
-        from curvlib.estimators.per_example import example_gradients
+        from curvlib.gradients.data import check_order
+        from curvlib.gradients.per_example import example_gradients
         from curvlib.losses import CrossEntropy
 
         if Domain.of(params) != self.domain:

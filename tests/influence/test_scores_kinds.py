@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import curvlib as cv
 import curvlib.influence
 from curvlib.errors import CaptureError, CurvlibError
-from curvlib.estimators.per_example import example_gradients
+from curvlib.gradients.per_example import example_gradients
 from tests.influence.influence_cases import Batch, Case, assert_close, examples, generator, normal
 
 Params = dict[str, Tensor]

@@ -20,17 +20,17 @@ from curvlib.capture import Plan, execute
 from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn, examples_in
 from curvlib.errors import ArgumentError
-from curvlib.estimators.block_gradients import (
+from curvlib.estimators.correction import Use
+from curvlib.estimators.statistics import as_wide_as, curvature_dtype, require_examples
+from curvlib.gradients.block_gradients import (
     BlockGradients,
     DenseGradients,
     ElementwiseGradients,
     RowGradients,
     elementwise_rows,
 )
-from curvlib.estimators.correction import Use
-from curvlib.estimators.data import Batch, DataSet, batches
-from curvlib.estimators.row_owners import pull_with_owners
-from curvlib.estimators.statistics import as_wide_as, curvature_dtype, require_examples
+from curvlib.gradients.data import Batch, DataSet, batches
+from curvlib.gradients.row_assignment import pull_with_owners
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import differentiable, ordinary

@@ -1,0 +1,1 @@
+"""The pass over data: batches, plans, and gradients of single examples."""
