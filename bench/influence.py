@@ -152,7 +152,7 @@ def sketches(problem: Problem, projection: cv.Projection) -> tuple[Tensor, Tenso
     """Sketches of queries [Q, p] and of training examples [N, p], blocks side by side."""
 
     def rows(batch: Batch) -> Tensor:
-        found = projection.per_example(*problem.model, batch)
+        found = projection(cv.per_example_gradients(*problem.model, batch))
         return torch.cat([found[name].flatten(1) for name in sorted(found)], 1)
 
     return rows(problem.queries), rows(problem.train)

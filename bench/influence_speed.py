@@ -129,7 +129,7 @@ def index_bandwidth(examples: int, repetitions: int) -> dict[str, Any]:
     part = train[0][:5000], train[1][:5000]
     curv = cv.kfac(model_fn, params, part, fisher="empirical")
     projection = curv.power(-0.5, cv.FactoredTikhonov(0.1, relative=True)).project(cv.sketch(params, rank=32))
-    sketches = projection.per_example(model_fn, params, asked)
+    sketches = projection(cv.per_example_gradients(model_fn, params, asked))
     size = cv.influence.estimate_size(projection, examples)
     speeds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -20,11 +20,11 @@ from curvlib.estimators import (
     jacobian,
     kfac,
     kl_shampoo,
-    over,
     shampoo,
     tkfac,
 )
 from curvlib.functional import functional
+from curvlib.gradients import PerExampleGradients, Plans, over, per_example_gradients
 from curvlib.io import load, save
 from curvlib.layers.wide import WideBlocks, WideDiagonal, WideIdentity, WideLowRank
 from curvlib.losses import MSE, BernoulliLogits, CrossEntropy, CustomLoss, Identity, Loss
@@ -85,7 +85,9 @@ __all__ = [
     "MSE",
     "MatrixFree",
     "Operator",
+    "PerExampleGradients",
     "Plan",
+    "Plans",
     "Projection",
     "RelativeTikhonov",
     "ScaledIdentity",
@@ -119,6 +121,7 @@ __all__ = [
     "nearest_kronecker",
     "optim",
     "over",
+    "per_example_gradients",
     "plan",
     "pytree",
     "ravel",

@@ -170,12 +170,12 @@ def explain(images: Images, epochs: int, folder: Path) -> Due:
     queries, probabilities, predictions = borderline(module, images.test)
     rankings = [
         cv.influence.rerank(
-            index, SHOWN, inverse, model_fn, params, queries, lambda n: (images.training[0][n], images.training[1][n]),
-            recall=0.05, measurement=measured,
+            index, inverse, model_fn, params, queries, k=SHOWN, recall=0.05, measurement=measured,
+            fetch=lambda n: (images.training[0][n], images.training[1][n]),
         )
         for measured in (cv.CrossEntropy(), cv.CustomLoss(log_likelihood))
     ]  # fmt: skip
-    show_index(index, images, module, index.scores(queries, model_fn, params), inverse, queries, rankings)
+    show_index(index, images, module, index.scores(model_fn, params, queries), inverse, queries, rankings)
     helpful, harmful = (
         (sign * scores / len(index), numbers) for sign, (scores, numbers) in zip((1, -1), rankings, strict=True)
     )

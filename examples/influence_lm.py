@@ -136,7 +136,7 @@ def attribute(model: GPT, known: Batch, query: Batch, folder: Path) -> tuple[Fou
     print(index)
 
     controls = torch.linspace(0, len(known[0]) - 1, min(CONTROLS, len(known[0]))).long()
-    best = index.top(1, (known[0][controls], known[1][controls]), model_fn, params)[1][:, 0]
+    best = index.top(model_fn, params, (known[0][controls], known[1][controls]), k=1)[1][:, 0]
     print(f"\ncontrol: {int((best == controls).sum())} of {len(controls)} passages are most helpful to themselves")
 
     def fetch(numbers: Tensor) -> Batch:
@@ -145,7 +145,7 @@ def attribute(model: GPT, known: Batch, query: Batch, folder: Path) -> tuple[Fou
     found = []
     for sign, measured in ((1, cv.CrossEntropy()), (-1, cv.CustomLoss(log_likelihood))):
         scores, numbers = cv.influence.rerank(
-            index, SHOWN, inverse, model_fn, params, query, fetch, recall=0.02, measurement=measured
+            index, inverse, model_fn, params, query, k=SHOWN, fetch=fetch, recall=0.02, measurement=measured
         )
         shares = cv.influence.scores(inverse, model_fn, params, query, fetch(numbers[0]), per_token=True)
         assert isinstance(shares, Tensor)

@@ -209,7 +209,7 @@ def test_plans_jacobians_and_influence_see_the_examples_of_a_mapping(mapping: st
     index = cv.influence.build(
         tmp_path / "index", projection, model_fn, params, batch, dtype=torch.float64, batch_size=2, shard_size=3
     )
-    torch.testing.assert_close(index.scores(batch, model_fn, params), truth)
+    torch.testing.assert_close(index.scores(model_fn, params, batch), truth)
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)

@@ -253,7 +253,7 @@ def test_models_that_cannot_be_run_for_stacked_vectors_are_run_for_one_at_a_time
 # --- whole data sets ----------------------------------------------------------------------------------------------
 
 
-def loader(case: Any) -> cv.estimators.DataSet:
+def loader(case: Any) -> cv.gradients.DataSet:
     inputs, targets = case.batch
     return cv.over([(inputs[:2], targets[:2]), (inputs[2:3], targets[2:3]), (inputs[3:], targets[3:])])
 

@@ -108,10 +108,10 @@ def test_what_is_no_loss_is_told_which_one_to_write(loss: str, tmp_path: Path) -
     projection = correctable().power(-0.5, cv.FactoredTikhonov(0.1)).project(cv.sketch(params, rank=2))
     refused(lambda: cv.influence.build(tmp_path, projection, model_fn, params, BATCH, loss=given), *words)
     index = cv.influence.build(tmp_path / "index", projection, model_fn, params, BATCH)
-    refused(lambda: index.scores(BATCH, model_fn, params, loss=given), *words)
+    refused(lambda: index.scores(model_fn, params, BATCH, loss=given), *words)
     if given is None:  # it means the default, here
         return
-    refused(lambda: projection.per_example(model_fn, params, BATCH, loss=given), *words)
+    refused(lambda: projection(cv.per_example_gradients(model_fn, params, BATCH, loss=given)), *words)
     scores = cv.influence.scores
     measured = lambda: scores(lambda v: v, model_fn, params, BATCH, BATCH, measurement=given)  # noqa: E731
     refused(measured, "measurement must be", *words)
@@ -189,7 +189,7 @@ def test_what_is_no_model_and_params_is_told_what_to_write(model: str, tmp_path:
     doors = {
         **ALL,
         "build": lambda f, p, b: cv.influence.build(tmp_path / "other", projection, f, p, b),
-        "index": lambda f, p, b: index.scores(b, f, p),
+        "index": lambda f, p, b: index.scores(f, p, b),
     }
     if model == "on meta":
         del doors["plan"]  # needs no values

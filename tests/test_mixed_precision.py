@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlib as cv
-from curvlib.gradients.per_example import example_gradients
+from curvlib.gradients.per_example import per_example_gradients
 from curvlib.operators import Operator
 from curvlib.pytree import flatten
 
@@ -236,7 +236,7 @@ def test_products_and_steps_come_back_in_the_dtypes_of_the_parameters(name: str,
 @every_case
 def test_per_example_gradients_and_projections_are_those_of_the_model_in_float64(name: str) -> None:
     problem = Problem.of(name, exact=True)
-    found, twin = (example_gradients(*p, **sums) for p in (problem.model, problem.twin))
+    found, twin = (per_example_gradients(*p, **sums) for p in (problem.model, problem.twin))
     expected = twin.tree(0, 16)
     for key, leaf in found.tree(0, 16).items():
         assert leaf.dtype == problem.dtype
@@ -245,7 +245,7 @@ def test_per_example_gradients_and_projections_are_those_of_the_model_in_float64
     roots = [curv.power(-0.5, cv.FactoredTikhonov(0.1)) for curv in curvs]
     sketches = [cv.sketch(p[1], rank=2) for p in (problem.model, problem.twin)]
     one, two = (
-        root.project(sketch).per_example(*p, **sums)
+        root.project(sketch)(cv.per_example_gradients(*p, **sums))
         for root, sketch, p in zip(roots, sketches, (problem.model, problem.twin), strict=True)
     )
     for block, image in one.items():

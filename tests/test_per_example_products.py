@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import curvlib as cv
 from curvlib.errors import ShapeError
 from curvlib.gradients import block_gradients
-from curvlib.gradients.per_example import ElementwiseGradients, RowGradients, example_gradients
+from curvlib.gradients.per_example import ElementwiseGradients, RowGradients, per_example_gradients
 
 
 @pytest.mark.parametrize("memory", [1 << 23, 1])
@@ -32,7 +32,7 @@ def test_inner_products_are_those_of_the_gradients(
     monkeypatch.setattr("curvlib.layers.rows.GRADIENTS_AT_ONCE", memory)
     found = of_model(ZOO[name]())
     vectors = {block: normal(i, queries, *layout.shape) for i, (block, layout) in enumerate(found.layouts)}
-    products = found.inner(vectors)
+    products = {block: gradients.inner(vectors[block]) for block, gradients in found.blocks.items()}
     for block, gradients in found.blocks.items():
         dense = gradients.dense(0, 5)
         assert_close(products[block], torch.einsum("qk,nk->qn", vectors[block].flatten(1), dense.flatten(1)))
@@ -64,7 +64,7 @@ def test_both_orders_of_multiplication_give_the_same(
 ) -> None:
     found = of_model(ZOO[name]())
     vectors = {block: normal(i, 3, *layout.shape) for i, (block, layout) in enumerate(found.layouts)}
-    products = found.inner(vectors)
+    products = {block: gradients.inner(vectors[block]) for block, gradients in found.blocks.items()}
     monkeypatch.setattr(block_gradients, "inner_by_rows", lambda *_: rows)
     monkeypatch.setattr(block_gradients, "projected_by_rows", lambda *_: rows)
     monkeypatch.setattr(block_gradients, "PANEL", panel)
@@ -113,7 +113,7 @@ def test_shares_of_positions_are_gradients_of_the_weight_at_one_position(transpo
     model_fn = (lambda p, x: F.linear(x, p["w"])) if transposed else (lambda p, x: x @ p["w"])
     params = {"w": w.mT if transposed else w}
     targets = torch.randint(2, (4, 3))
-    [block] = example_gradients(model_fn, params, (x, targets)).blocks.values()
+    [block] = per_example_gradients(model_fn, params, (x, targets)).blocks.values()
     several = {"w": w.expand(3, 5, 2)}
     expected = reference.gradients(
         lambda p, x: torch.einsum("nti,tio->nto", x, p["w"]), several, (x, targets), reference.cross_entropy

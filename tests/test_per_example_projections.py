@@ -69,7 +69,7 @@ def test_it_is_exact_for_every_kind_of_side(name: str, damping: str) -> None:
 
 def assert_projects_every_example(projection: cv.Projection, case: Problem) -> None:
     gradients = reference.gradients(case.model_fn, case.params, case.batch, case.kind.objective)
-    found = projection.per_example(case.model_fn, case.params, case.batch, loss=case.kind.loss("mean"))
+    found = projection(cv.per_example_gradients(case.model_fn, case.params, case.batch, loss=case.kind.loss("mean")))
     for n, g in enumerate(gradients):
         for name, expected in projection(cv.unravel(g, case.params)).items():
             assert_close(found[name][n], expected)
@@ -111,15 +111,17 @@ def test_blocks_that_the_model_does_not_have_are_projected_too(memory: int, monk
         assert_projects_every_example(projection, case)
 
 
-def test_a_data_set_is_projected_batch_by_batch() -> None:
+def test_batches_are_projected_one_by_one_and_only_for_the_same_params() -> None:
     case = problem(nn.Linear(4, 3), normal(0, 6, 4), "cross-entropy", "mean")
     curv = cv.kfac(case.model_fn, case.params, case.batch)
     projection = curv.power(-0.5, 0.1).project(EigenSketch(rank=2))
     pieces = list(zip(*(tensor.split([4, 2]) for tensor in case.batch), strict=True))
-    one, other = (projection.per_example(case.model_fn, case.params, x) for x in (case.batch, cv.over(pieces)))
-    assert_close(other["weight"], one["weight"])
+    whole, *parts = (projection(cv.per_example_gradients(case.model_fn, case.params, x)) for x in [case.batch, *pieces])
+    assert_close(torch.cat([part["weight"] for part in parts]), whole["weight"])
+    lone = {"weight": torch.zeros(3, 4).double()}
+    other = cv.per_example_gradients(lambda p, x: x @ p["weight"].mT, lone, case.batch)
     with pytest.raises(PytreeError, match="params of another structure"):
-        projection.per_example(case.model_fn, {"weight": torch.zeros(3, 4)}, case.batch)
+        projection(other)
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
@@ -130,6 +132,6 @@ def test_a_projection_comes_back_from_a_file(damping: str, tmp_path: Path) -> No
     cv.save((projection, EigenSketch(rank=2)), tmp_path / "projection.safetensors")
     loaded, description = cv.load(tmp_path / "projection.safetensors")
     assert description == EigenSketch(rank=2)
-    before, after = (p.per_example(case.model_fn, case.params, case.batch) for p in (projection, loaded))
+    before, after = (p(cv.per_example_gradients(case.model_fn, case.params, case.batch)) for p in (projection, loaded))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

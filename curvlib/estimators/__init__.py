@@ -9,7 +9,6 @@ from curvlib.estimators.jacobian import Jacobian, TransposedJacobian, jacobian
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.kl_shampoo import KLShampoo, kl_shampoo
 from curvlib.estimators.shampoo import Shampoo, shampoo
-from curvlib.gradients.data import DataSet, over
 
 __all__ = [
     "DyKAF",
@@ -26,12 +25,10 @@ __all__ = [
     "TransposedJacobian",
     "jacobian",
     "diagonal",
-    "DataSet",
     "eigenvalue_correct",
     "ekfac",
     "kfac",
     "kl_shampoo",
-    "over",
     "shampoo",
     "tkfac",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import starmap
 from typing import Any
 
@@ -15,8 +15,9 @@ from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.estimators.factors import FactorCollector, UseSums
 from curvlib.estimators.statistics import Collector, Pass
+from curvlib.gradients.uses import Use, in_chunks
 from curvlib.layers.base import KroneckerLayer, Layer, positions_that_count, second_moment
-from curvlib.layers.rows import DenseRows, Rows, chunks, groups_first, sum_of_squares, summed
+from curvlib.layers.rows import DenseRows, Rows, groups_first, sum_of_squares, summed
 from curvlib.layers.wide import Moment as WideMoment
 from curvlib.layers.wide import Wide
 from curvlib.linalg.row_space import row_space
@@ -27,26 +28,6 @@ from curvlib.pytree import register
 SMALLEST_SPANNED = 256  # factors of narrower sides are formed, and decomposed whole
 
 Bases = tuple[Basis, Basis]
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a weight in one pass: rows a, gradients g [K, N, (groups,) T, d_out], and its orientation."""
-
-    rows: Rows
-    g: Tensor
-    transposed: bool
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """The part of D_n of these examples that is due to this use, in the orientation of the block."""
-        found = self.rows.part(start, stop).gradients(self.g[:, start:stop])
-        return found.mT if self.transposed else found
-
-
-def in_chunks(uses: Sequence[Use]) -> Iterator[Tensor]:
-    """D_n, added over all uses, for as many examples at a time as fit into memory."""
-    for start, stop in chunks(uses[0].rows.shape, uses[0].g):
-        yield summed([use.gradients(start, stop) for use in uses])
 
 
 class Moment(ABC):

@@ -29,11 +29,12 @@ from curvlib.errors import naming
 from curvlib.estimators.elementwise import elementwise_block
 from curvlib.estimators.factors import assemble
 from curvlib.estimators.gradients import Number, begin, check_diagonal, places_of_leaves, step
-from curvlib.estimators.observations import Observations, Sandwiches, observe, of_objective, planned, wide_sides
+from curvlib.estimators.observations import Observations, Sandwiches, observe, of_objective, wide_sides
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Statistics
 from curvlib.estimators.tracking import Flags, Rule, block_with, columns, identity, stepped
 from curvlib.gradients.data import Batch, DataSet
+from curvlib.gradients.plans import planned
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.linalg.projector_splitting import Rearranged
 from curvlib.losses import CrossEntropy, Loss

@@ -34,9 +34,11 @@ from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_blo
 from curvlib.estimators.factors import UseSums, added, assemble, check_finite, kronecker_block
 from curvlib.estimators.kfac import kfac
 from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import curvature_dtype, measure_all, require_examples
+from curvlib.estimators.statistics import measure_all
 from curvlib.factors.axes import entrywise
 from curvlib.gradients.data import Batch, DataSet, batches, repeatable
+from curvlib.gradients.plans import require_examples
+from curvlib.gradients.uses import curvature_dtype
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss

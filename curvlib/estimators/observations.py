@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlib.arguments import check_model
 from curvlib.capture import Plan
-from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn, Pullback
 from curvlib.capture.plan import Block, Placement
-from curvlib.errors import ArgumentError, CaptureError, naming
-from curvlib.estimators.correction import GradientSquares, Moment, MomentCollector, Use, in_chunks
+from curvlib.errors import naming
+from curvlib.estimators.correction import GradientSquares, Moment, MomentCollector
 from curvlib.estimators.elementwise import ElementwiseCollector
 from curvlib.estimators.factors import check_finite
 from curvlib.estimators.gradients import Advance, Place, Start, begin, step
 from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import Collector, Pass, Statistics, measure_all, shapes
+from curvlib.estimators.statistics import Collector, Pass, Statistics, measure_all
 from curvlib.gradients.data import Batch, DataSet, batches, repeatable
+from curvlib.gradients.objective import objective_gradient
+from curvlib.gradients.plans import Plans
+from curvlib.gradients.uses import Use, in_chunks
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide
-from curvlib.linalg.eager import differentiable, is_eager, ordinary, own_draws, uncompiled
 from curvlib.losses import Loss, check_loss
 from curvlib.operators import BlockDiagonal
-from curvlib.pytree import Domain, Tree, flatten
+from curvlib.pytree import Domain, Tree
 
 # --- one observation a batch --------------------------------------------------------------------------------------
 
@@ -43,62 +43,6 @@ def places_of_plan(plan: Plan) -> tuple[Place, ...]:
     return tuple(
         Place(block.name, block.layout, block.layout.shape[-2:] if block.kronecker else ()) for block in plan.blocks
     )
-
-
-def planned(
-    model_fn: ModelFn, params: Tree, data: Batch | DataSet, plan: Plan | None
-) -> Iterator[tuple[Plan, Any, Any]]:
-    """(plan, inputs, targets) of every batch, with one plan for all batches of the same shapes."""
-    check_model(model_fn, params)
-    plans: dict[object, Plan] = {}
-    first: Plan | None = None
-    for inputs, targets in batches(data):
-        key = shapes(inputs)
-        known = plan or plans.get(key)
-        if known is None:
-            known = make_plan(model_fn, params, inputs)
-            if known.static:
-                plans[key] = known
-        first = first or known
-        if places_of_plan(first) != places_of_plan(known):
-            raise CaptureError(
-                "the batches of a data set do not use the parameters in the same way; their plans differ"
-            )
-        yield known, inputs, targets
-
-
-def objective_gradient(
-    model_fn: ModelFn, params: Tree, inputs: Any, targets: Any, loss: Loss, engine: str | None
-) -> Tree:
-    """The gradient of the reduced objective on a batch; neither the caller's graph nor the global generator is touched.
-
-    Raises:
-        ArgumentError: an unknown engine, or ``autograd`` under a transform or a trace.
-    """
-    if engine not in (None, "functional", "autograd"):
-        raise ArgumentError(f"engine must be 'functional', 'autograd' or None, got {engine!r}")
-    if engine == "autograd" and not is_eager():
-        raise ArgumentError(
-            "engine='autograd' does not compose with torch.func transforms and tracing; use engine='functional'"
-        )
-    params, inputs, targets = ordinary((params, inputs, targets))
-    domain, leaves = Domain.of(params), flatten(params)[0]
-
-    def objective(leaves: Sequence[Tensor]) -> Tensor:
-        return loss.value(model_fn(domain.tree(leaves), inputs), targets)
-
-    if not is_eager():
-        return domain.tree(dense(torch.func.grad(objective)(leaves)))
-    with differentiable(), uncompiled(), own_draws(leaves):
-        if engine == "functional":
-            return domain.tree(dense(torch.func.grad(objective)([leaf.detach() for leaf in leaves])))
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        return domain.tree(dense(torch.autograd.grad(objective(leaves), leaves, materialize_grads=True)))
-
-
-def dense(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients without the sparse ones of embeddings that ask for them."""
-    return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 
 
 def of_objective(
@@ -112,7 +56,7 @@ def of_objective(
     elementwise: str,
     wide: Wide,
     engine: str | None,
-    plan: Plan | None,
+    plan: Plan | Plans | None,
 ) -> BlockDiagonal:
     """The running mean over batches of g g^T, g the gradient of the reduced objective on a batch.
 
@@ -123,9 +67,10 @@ def of_objective(
     check_loss(loss)
     domain = Domain.of(params)
     curv: BlockDiagonal | None = None
-    for count, (known, inputs, targets) in enumerate(planned(model_fn, params, data, plan)):
+    for count, (inputs, targets) in enumerate(batches(data)):
         gradient = objective_gradient(model_fn, params, inputs, targets, loss, engine)
         if curv is None:
+            known = Plans.of(plan).fitting(model_fn, params, inputs)
             leaves, places = domain.leaves(gradient), places_of_plan(known)
             curv = begin(leaves, places, domain, start, elementwise=elementwise, wide=wide)
         else:

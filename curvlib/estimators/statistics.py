@@ -12,21 +12,20 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from curvlib import containers
 from curvlib.arguments import check_model
 from curvlib.capture import Plan, execute
-from curvlib.capture import plan as make_plan
 from curvlib.capture.aliases import parameters
 from curvlib.capture.engines import ModelFn, Pullback, examples_in
 from curvlib.capture.plan import Block, Placement, Site
 from curvlib.errors import CaptureError, naming
 from curvlib.estimators.options import Options
 from curvlib.gradients.data import Batch, DataSet, batches
+from curvlib.gradients.plans import Plans, require_examples, scattered_rows
+from curvlib.gradients.uses import as_wide_as, curvature_dtype
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.linalg.eager import differentiable, may_look_at, ordinary
 from curvlib.linalg.gram import full_precision
 from curvlib.losses.base import check_device
-from curvlib.operators.vectors import at_least_single, widest
 from curvlib.pytree import Tree, flatten
 
 
@@ -185,16 +184,6 @@ def measure(
     return Statistics(plan.blocks, sums, count(run.outputs, targets).to(dtype), examples)
 
 
-def curvature_dtype(params: Tree) -> torch.dtype:
-    """The dtype of a curvature: the widest of its parameters, and float32 at least; layers may compute in others."""
-    return at_least_single(widest(leaf.dtype for leaf in flatten(params)[0]))
-
-
-def as_wide_as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """What flows through a layer in the dtype of the curvature; half precision is widened where it is used."""
-    return tensor if not tensor.is_floating_point() or at_least_single(tensor.dtype) == dtype else tensor.to(dtype)
-
-
 def check_examples(plan: Plan, options: Options, mask: Tensor | None, *, needed: bool) -> None:
     """Refuses what needs the rows or the gradients of single examples, where there are none.
 
@@ -207,34 +196,6 @@ def check_examples(plan: Plan, options: Options, mask: Tensor | None, *, needed:
         ordered = mask is not None or options.sharing == "reduce"
         if site.scattered and (ordered or not all(isinstance(layer, KroneckerLayer) for layer in site.layers)):
             raise scattered_rows(plan, site)
-
-
-def require_examples(plan: Plan) -> None:
-    """Refuses a model whose examples have no gradients of their own.
-
-    Raises:
-        CaptureError: examples depend on each other, or their rows do not lie together.
-    """
-    if plan.mixed is not None:
-        raise CaptureError(
-            f"examples depend on each other: {plan.mixed}, so that the gradient of a single example is not defined. "
-            "Batch norm: call module.eval() first; batches with another axis in front (time): transpose inside "
-            "model_fn; entries picked by a flat index: torch.gather, or an index x[torch.arange(N), i]. `cv.kfac`, "
-            "`cv.shampoo` (per_example=False), `cv.ggn` and `cv.hessian` need no single examples"
-        )
-    for site in plan.sites:
-        if site.scattered:
-            raise scattered_rows(plan, site)
-
-
-def scattered_rows(plan: Plan, site: Site) -> CaptureError:
-    """The error for rows of one example that do not lie together."""
-    names = parameters(plan.domain, dict.fromkeys(region.leaf for layer in site.layers for region in layer.regions))
-    return CaptureError(
-        f"{names} in call {site.ordinal}, {site.call}: the rows of one example do not lie together, as batches were "
-        "concatenated along the axis of examples; use torch.stack(batches, 1).flatten(0, 1), or cv.kfac with "
-        "sharing='expand', which needs no single examples"
-    )
 
 
 def warn_of_mixing(plan: Plan) -> None:
@@ -310,20 +271,15 @@ def measure_all(
     data: Batch | DataSet,
     options: Options,
     generator: torch.Generator | None,
-    plan: Plan | None,
+    plan: Plan | Plans | None,
     collectors: Collectors,
 ) -> Statistics:
     """`measure` over a batch or a whole data set, with one plan for all batches of the same shapes."""
     check_model(model_fn, params)
-    plans: dict[object, Plan] = {}
+    plans = Plans.of(plan)
     total: Statistics | None = None
     for inputs, targets in batches(data):
-        key = shapes(inputs)
-        known = plan or plans.get(key)
-        if known is None:
-            known = make_plan(model_fn, params, inputs)
-            if known.static:
-                plans[key] = known
+        known = plans.fitting(model_fn, params, inputs)
         if generator is None and options.fisher == "mc":
             generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
         statistics = measure(known, model_fn, params, (inputs, targets), options, generator, collectors)
@@ -334,15 +290,3 @@ def measure_all(
     return total
 
 
-def shapes(inputs: Any) -> tuple[object, ...]:
-    """Structure, shapes and dtypes of inputs but for the number of examples, which a plan leaves open."""
-    leaves, structure = containers.flatten(inputs)
-    number = next((int(x.shape[0]) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 1)
-    key: list[object] = [str(structure)]
-    for x in leaves:
-        if isinstance(x, torch.Tensor):
-            counts = x.ndim > 0 and int(x.shape[0]) == number
-            key.append((counts, tuple(map(int, x.shape[counts:])), x.dtype))
-        else:
-            key.append(repr(x))
-    return tuple(key)

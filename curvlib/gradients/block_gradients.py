@@ -18,7 +18,7 @@ from torch import Tensor
 
 import curvlib.layers.rows as layer_rows
 from curvlib.errors import ShapeError
-from curvlib.estimators.correction import Use
+from curvlib.gradients.uses import Use, in_chunks
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.rows import DenseRows, OneHotRows, Rows, chunks, summed
 from curvlib.linalg.gram import writes_in_place
@@ -30,27 +30,61 @@ WIDE = 64  # vectors from which on a product with all of them takes much longer 
 
 
 class BlockGradients(ABC):
-    """The gradients of N examples for one block, whose tensor has the shape [*groups, m, n] or [size]."""
+    """The gradients of N examples for one block, whose tensor has the shape [*groups, m, n] or [size].
 
-    @abstractmethod
+    Results have an axis for the K vectors of each example behind that of the examples, if ``several`` are asked for,
+    and none if there is one: (K) in the shapes here. Hooks compute with the axis in front, always.
+    """
+
+    several: bool
+
     def dense(self, start: int, stop: int) -> Tensor:
-        """The gradients of these examples, [n, *shape]."""
+        """The gradients of these examples, [n, (K,) *shape]."""
+        return self._behind(self._dense(start, stop), 1)
 
-    @abstractmethod
     def inner(self, vectors: Tensor) -> Tensor:
-        """Inner products <V_q, D_n> with vectors [Q, *shape]: [Q, N]."""
+        """Inner products <V_q, D_n> with vectors [Q, *shape]: [Q, N, (K)]."""
+        return self._behind(self._inner(vectors), 2)
 
-    @abstractmethod
     def projected(self, left: Tensor, right: Tensor) -> Tensor:
-        """L D_n R^T for L [*groups, p, m] and R [*groups, q, n]: [N, *groups, p, q]."""
+        """L D_n R^T for L [*groups, p, m] and R [*groups, q, n]: [N, (K,) *groups, p, q]."""
+        return self._behind(self._projected(left, right), 1)
 
-    @abstractmethod
     def position_inner(self, vectors: Tensor) -> Tensor:
-        """Inner products with the share of each position of the layer's rows: [Q, N, T]; their sum over T is `inner`.
+        """Inner products with what each position of the layer's rows contributes: [Q, N, (K,) T]; over T, `inner`.
 
         Raises:
             ShapeError: the uses of the block have different numbers of positions.
         """
+        return self._behind(self._position_inner(vectors), 2)
+
+    def squared_norms(self) -> Tensor:
+        """|D_n|^2: [N, (K)]."""
+        return self._behind(self._squared_norms(), 1)
+
+    def _behind(self, found: Tensor, axis: int) -> Tensor:
+        """The axis of vectors moved from the front to this place, or dropped."""
+        return found.movedim(0, axis) if self.several else found[0]
+
+    @abstractmethod
+    def _dense(self, start: int, stop: int) -> Tensor:
+        """[K, n, *shape]."""
+
+    @abstractmethod
+    def _inner(self, vectors: Tensor) -> Tensor:
+        """[K, Q, N]."""
+
+    @abstractmethod
+    def _projected(self, left: Tensor, right: Tensor) -> Tensor:
+        """[K, N, *groups, p, q]."""
+
+    @abstractmethod
+    def _position_inner(self, vectors: Tensor) -> Tensor:
+        """[K, Q, N, T]."""
+
+    @abstractmethod
+    def _squared_norms(self) -> Tensor:
+        """[K, N]."""
 
 
 @register
@@ -58,22 +92,27 @@ class DenseGradients(BlockGradients):
     """Gradients as a tensor, which stand for one position.
 
     Args:
-        values: [N, *shape].
+        values: [K, N, *shape].
+        several: whether there is an axis of vectors.
     """
 
     values: Tensor
+    several: bool = static()
 
-    def dense(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop]
+    def _dense(self, start: int, stop: int) -> Tensor:
+        return self.values[:, start:stop]
 
-    def inner(self, vectors: Tensor) -> Tensor:
-        return vectors.flatten(1) @ self.values.flatten(1).mT
+    def _inner(self, vectors: Tensor) -> Tensor:
+        return vectors.flatten(1) @ self.values.flatten(2).mT
 
-    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+    def _projected(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ self.values @ right.mT
 
-    def position_inner(self, vectors: Tensor) -> Tensor:
-        return self.inner(vectors).unsqueeze(-1)
+    def _position_inner(self, vectors: Tensor) -> Tensor:
+        return self._inner(vectors).unsqueeze(-1)
+
+    def _squared_norms(self) -> Tensor:
+        return self.values.square().flatten(2).sum(2)
 
 
 @register
@@ -82,36 +121,44 @@ class RowGradients(BlockGradients):
 
     Args:
         rows: a [N, (groups,) T, d], by use.
-        g: [1, N, (groups,) T, d_out], by use.
+        g: [K, N, (groups,) T, d_out], by use.
         transposed: by use, whether it is the transposed weight that is used.
+        several: whether there is an axis of vectors.
     """
 
     rows: tuple[Rows, ...]
     g: tuple[Tensor, ...]
     transposed: tuple[bool, ...] = static()
+    several: bool = static()
 
     @classmethod
-    def of(cls, uses: Sequence[Use]) -> RowGradients:
+    def of(cls, uses: Sequence[Use], *, several: bool) -> RowGradients:
         """The gradients of a weight with these uses."""
-        return cls(*(tuple(getattr(use, name) for use in uses) for name in ("rows", "g", "transposed")))
+        rows, g, transposed = zip(*((use.rows, use.g, use.transposed) for use in uses), strict=True)
+        return cls(rows, g, transposed, several)
 
     @property
     def uses(self) -> tuple[Use, ...]:
         """The uses of the weight."""
         return tuple(map(Use, self.rows, self.g, self.transposed))
 
-    def dense(self, start: int, stop: int) -> Tensor:
-        return summed([use.gradients(start, stop)[0] for use in self.uses])
+    def _dense(self, start: int, stop: int) -> Tensor:
+        return summed([use.gradients(start, stop) for use in self.uses])
 
-    def inner(self, vectors: Tensor) -> Tensor:
+    def _inner(self, vectors: Tensor) -> Tensor:
         return summed([inner(use, oriented(use, vectors)) for use in self.uses])
 
-    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+    def _projected(self, left: Tensor, right: Tensor) -> Tensor:
         parts = [projected(use, right, left).mT if use.transposed else projected(use, left, right) for use in self.uses]
         return summed(parts)
 
-    def position_inner(self, vectors: Tensor) -> Tensor:
+    def _position_inner(self, vectors: Tensor) -> Tensor:
         return by_position([in_pieces(use, oriented(use, vectors), lambda shares: shares) for use in self.uses])
+
+    def _squared_norms(self) -> Tensor:
+        if len(self.uses) == 1 and norms_by_rows(self.uses[0]):
+            return squared_norms(self.uses[0])
+        return torch.cat([part.square().flatten(2).sum(2) for part in in_chunks(self.uses)], 1)
 
 
 @register
@@ -119,55 +166,60 @@ class ElementwiseGradients(BlockGradients):
     """Gradients of scales and shifts.
 
     Args:
-        values: [N, size].
-        rows: what each position contributes to each scale or shift, [N, T, d].
+        values: [K, N, size].
+        rows: what each position contributes to each scale or shift, [K, N, T, d].
         regions: the elements of parameters that these are.
         layout: of the block.
+        several: whether there is an axis of vectors.
     """
 
     values: Tensor
     rows: tuple[Tensor, ...]
     regions: tuple[Region, ...] = static()
     layout: Layout = static()
+    several: bool = static()
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Region, Tensor]], layout: Layout) -> ElementwiseGradients:
+    def of(cls, rows: Sequence[tuple[Region, Tensor]], layout: Layout, *, several: bool) -> ElementwiseGradients:
         """The gradients of a block, from what each position contributes."""
         like = rows[0][1]
         zero = like.new_zeros(())
         leaves: dict[int, Tensor] = {}
         for piece in layout.pieces:
-            leaves[piece.leaf] = zero.expand(len(like), *piece.leaf_shape)
+            leaves[piece.leaf] = zero.expand(*like.shape[:2], *piece.leaf_shape)
         for region, part in rows:
-            leaves[region.leaf] = leaves[region.leaf] + region.scatter(part.sum(1))
+            leaves[region.leaf] = leaves[region.leaf] + region.scatter(part.sum(2))
         regions, parts = zip(*rows, strict=True)
-        return cls(layout.gather(leaves), parts, regions, layout)
+        return cls(layout.gather(leaves), parts, regions, layout, several)
 
-    def dense(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop]
+    def _dense(self, start: int, stop: int) -> Tensor:
+        return self.values[:, start:stop]
 
-    def inner(self, vectors: Tensor) -> Tensor:
+    def _inner(self, vectors: Tensor) -> Tensor:
         return vectors @ self.values.mT
 
-    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+    def _projected(self, left: Tensor, right: Tensor) -> Tensor:
         raise ShapeError("a block of scales and shifts has no two sides to be projected on")
 
-    def position_inner(self, vectors: Tensor) -> Tensor:
+    def _squared_norms(self) -> Tensor:
+        return self.values.square().sum(2)
+
+    def _position_inner(self, vectors: Tensor) -> Tensor:
         leaves = self.layout.scatter(vectors)
         return by_position(
             [
-                torch.einsum("qd,ntd->qnt", region.read(leaves[region.leaf]), part)
+                torch.einsum("qd,kntd->kqnt", region.read(leaves[region.leaf]), part)
                 for region, part in zip(self.regions, self.rows, strict=True)
             ]
         )
 
 
 def elementwise_rows(layer: Elementwise, x: Tensor | None, g: Tensor, examples: int) -> list[tuple[Region, Tensor]]:
-    """What each position contributes [N, T, d] to the gradients of a scale and a shift, from gradients g [1, *y.shape].
+    """What each position contributes [K, N, T, d] to the gradients of a scale and a shift, from gradients g of y.
 
     The sums over positions are `Elementwise.gradients`.
     """
-    rows = layer.axes.rows(g, examples, leading=1)[0]
+    rows = layer.axes.rows(g, examples, leading=1)
     result = []
     if layer.scale is not None:
         assert x is not None
@@ -179,7 +231,7 @@ def elementwise_rows(layer: Elementwise, x: Tensor | None, g: Tensor, examples: 
 
 
 def by_position(shares: Sequence[Tensor]) -> Tensor:
-    """The sum of what several uses contribute to each position, [Q, N, T].
+    """The sum of what several uses contribute to each position, [*, T].
 
     Raises:
         ShapeError: they have different numbers of positions.
@@ -202,24 +254,24 @@ def oriented(use: Use, vectors: Tensor) -> Tensor:
 
 
 def formed(use: Use, start: int, stop: int) -> Tensor:
-    """D_n of these examples, [n, (groups,) d_out, d_in]."""
-    return use.rows.part(start, stop).gradients(use.g[:, start:stop])[0]
+    """D_n of these examples, [K, n, (groups,) d_out, d_in]."""
+    return use.rows.part(start, stop).gradients(use.g[:, start:stop])
 
 
 def inner(use: Use, vectors: Tensor) -> Tensor:
-    """<V_q, D_n>, [Q, N]."""
+    """<V_q, D_n>, [K, Q, N]."""
     if inner_by_rows(use, len(vectors)):
         return in_pieces(use, vectors, lambda shares: shares.sum(-1))
     if of_one_position(use):
         assert isinstance(use.rows, DenseRows)
-        return inner_of_outer(use.g[0, :, 0], use.rows.values[:, 0], vectors)
+        return torch.stack([inner_of_outer(g[:, 0], use.rows.values[:, 0], vectors) for g in use.g])
     flat = vectors.flatten(1)
-    return torch.cat([flat @ formed(use, i, j).flatten(1).mT for i, j in chunks(use.rows.shape, use.g)], 1)
+    return torch.cat([flat @ formed(use, i, j).flatten(2).mT for i, j in chunks(use.rows.shape, use.g)], 2)
 
 
 def of_one_position(use: Use) -> bool:
     """Whether gradients are single products g_n a_n^T of dense rows."""
-    return isinstance(use.rows, DenseRows) and use.rows.shape[1:-1] == (1,)
+    return isinstance(use.rows, DenseRows) and use.g.shape[2:-1] == (1,)
 
 
 def inner_of_outer(g: Tensor, a: Tensor, vectors: Tensor) -> Tensor:
@@ -241,54 +293,62 @@ def inner_by_rows(use: Use, queries: int) -> bool:
     if of_one_position(use) and queries >= WIDE:
         return False
     positions, d_in, d_out, one_hot = *use.rows.shape[-2:], use.g.shape[-1], isinstance(use.rows, OneHotRows)
-    without = queries * positions * (d_out if one_hot else d_out * d_in + min(d_out, d_in))
-    return without <= positions * d_out * (1 if one_hot else d_in) + queries * d_out * d_in
+    several = len(use.g)
+    last = several * d_out if outputs_last(use) else d_in
+    without = queries * positions * (several * d_out if one_hot else d_out * d_in + last)
+    return without <= several * (positions * d_out * (1 if one_hot else d_in) + queries * d_out * d_in)
+
+
+def outputs_last(use: Use) -> bool:
+    """Whether g_t . (V a_t) takes fewer multiplications than (V^T g_t) . a_t; V a_t is shared by all vectors."""
+    return len(use.g) > 1 or use.g.shape[-1] <= use.rows.shape[-1]
 
 
 def in_pieces(use: Use, vectors: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """What is made of `position_shares`, for as many vectors and examples at a time as fit into memory: [Q, N, *]."""
-    each = math.prod(use.rows.shape[1:-1]) * min(use.rows.shape[-1], use.g.shape[-1])
+    """What is made of `position_shares`, of as many vectors and examples at a time as fit into memory: [K, Q, N, *]."""
+    each = len(use.g) * math.prod(use.rows.shape[1:-1]) * min(use.rows.shape[-1], use.g.shape[-1])
     queries = max(1, layer_rows.GRADIENTS_AT_ONCE // max(1, each))
     examples = max(1, queries // max(1, len(vectors)))
     spans = range(0, use.rows.shape[0], examples)
     parts = [
-        torch.cat([finish(position_shares(use, some, i, i + examples)) for i in spans], 1)
+        torch.cat([finish(position_shares(use, some, i, i + examples)) for i in spans], 2)
         for some in vectors.split(queries)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, 1)
 
 
 def position_shares(use: Use, vectors: Tensor, start: int, stop: int) -> Tensor:
-    """<V_q, g_nt a_nt^T> = g_nt . (V_q a_nt) for these examples: [Q, n, T]."""
-    rows, g = use.rows.part(start, stop), use.g[0, start:stop]
+    """<V_q, g_nt a_nt^T> = g_nt . (V_q a_nt) for these examples: [K, Q, n, T]."""
+    rows, g = use.rows.part(start, stop), use.g[:, start:stop]
     if isinstance(rows, OneHotRows):
-        return torch.einsum("qdnt,ntd->qnt", vectors[:, :, rows.index], g)
+        return torch.einsum("qdnt,kntd->kqnt", vectors[:, :, rows.index], g)
     assert isinstance(rows, DenseRows)
-    if g.shape[-1] <= rows.shape[-1]:
-        found = (torch.einsum("n...ti,q...oi->qn...to", rows.values, vectors) * g).sum(-1)
+    if outputs_last(use):
+        found = (torch.einsum("n...ti,q...oi->qn...to", rows.values, vectors) * g.unsqueeze(1)).sum(-1)
     else:
-        found = (torch.einsum("n...to,q...oi->qn...ti", g, vectors) * rows.values).sum(-1)
-    return found.sum(2) if found.ndim == 4 else found
+        found = (torch.einsum("kn...to,q...oi->kqn...ti", g, vectors) * rows.values).sum(-1)
+    return found.sum(3) if found.ndim == 5 else found
 
 
 def projected(use: Use, left: Tensor, right: Tensor) -> Tensor:
-    """L D_n R^T, [N, (groups,) p, q]."""
+    """L D_n R^T, [K, N, (groups,) p, q]."""
     if projected_by_rows(use, left.shape[-2], right.shape[-2]):
-        return (use.g[0] @ left.mT).mT @ mapped(use.rows, right)
+        return (use.g @ left.mT).mT @ mapped(use.rows, right)
     p, m, q, n = *left.shape[-2:], *right.shape[-2:]
     left_first = p * n * (m + q) <= m * q * (n + p)
     parts = []
     for start, stop in chunks(use.rows.shape, use.g):
         gradients = formed(use, start, stop)
         parts.append((left @ gradients) @ right.mT if left_first else left @ (gradients @ right.mT))
-    return torch.cat(parts)
+    return torch.cat(parts, 1)
 
 
 def projected_by_rows(use: Use, p: int, q: int) -> bool:
     """Whether a projection to [p, q] takes fewer multiplications without the gradients."""
     positions, n, m, one_hot = *use.rows.shape[-2:], use.g.shape[-1], isinstance(use.rows, OneHotRows)
-    without = positions * (m * p + (0 if one_hot else n * q) + p * q)
-    return without <= positions * m * (1 if one_hot else n) + min(p * n * (m + q), m * q * (n + p))
+    several = len(use.g)
+    without = positions * (several * (m * p + p * q) + (0 if one_hot else n * q))
+    return without <= several * (positions * m * (1 if one_hot else n) + min(p * n * (m + q), m * q * (n + p)))
 
 
 def mapped(rows: Rows, matrix: Tensor) -> Tensor:
@@ -297,3 +357,20 @@ def mapped(rows: Rows, matrix: Tensor) -> Tensor:
         return torch.nn.functional.embedding(rows.index, matrix.mT)
     assert isinstance(rows, DenseRows)
     return rows.values @ matrix.mT
+
+
+def squared_norms(use: Use) -> Tensor:
+    """|D_n|^2 = sum_ts (g_nt . g_ns) (a_nt . a_ns), [K, N]."""
+    if isinstance(use.rows, OneHotRows):
+        products = (use.rows.index.unsqueeze(-1) == use.rows.index.unsqueeze(-2)).to(use.g.dtype)
+    else:
+        assert isinstance(use.rows, DenseRows)
+        products = use.rows.values @ use.rows.values.mT
+    return (use.g @ use.g.mT * products).flatten(2).sum(2)
+
+
+def norms_by_rows(use: Use) -> bool:
+    """Whether norms take fewer multiplications without the gradients."""
+    positions, n, m, one_hot = *use.rows.shape[-2:], use.g.shape[-1], isinstance(use.rows, OneHotRows)
+    several = len(use.g)
+    return positions**2 * (several * m + (0 if one_hot else n)) <= several * m * (positions * (1 if one_hot else n) + n)

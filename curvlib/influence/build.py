@@ -14,9 +14,11 @@ import torch
 from tqdm import tqdm
 
 from curvlib.arguments import check_model
+from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, PytreeError
 from curvlib.gradients.data import Batch, DataSet, check_order, repeatable
+from curvlib.gradients.plans import Plans
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.examples import Group, Record, groups
 from curvlib.influence.folder import (
@@ -157,6 +159,7 @@ def build(
     append: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    plan: Plan | Plans | None = None,
 ) -> Index:
     """Writes the sketches M_left g_n M_right^T of all examples to a folder: one row an example, blocks side by side.
 
@@ -190,6 +193,7 @@ def build(
             index there can be used until the new one is complete. The result is that of building it at once.
         overwrite: an index of other arguments or data is replaced: it is deleted when that is found out.
         progress: show a progress bar if standard error is a terminal.
+        plan: the model's `plan`, if already made for inputs of these shapes; or `Plans`.
 
     Returns:
         The finished index.
@@ -214,7 +218,7 @@ def build(
         >>> projection = curv.power(-0.5, cv.FactoredTikhonov(0.1)).project(cv.sketch(params, rank=64))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     index = build(f"{folder}/index", projection, model_fn, params, train)
-        ...     found = index.scores(projection.per_example(model_fn, params, train))
+        ...     found = index.scores(model_fn, params, train)
         >>> len(index), found.shape
         (20, torch.Size([20, 20]))
         >>> inverse = curv.inverse(cv.FactoredTikhonov(0.1))
@@ -258,7 +262,7 @@ def build(
         stored_projection(folder, recipe)
     else:
         save(projection, folder / PROJECTION)
-    rows = Rows(projection, model_fn, params, loss, dtype, {})
+    rows = Rows(projection, model_fn, params, loss, dtype, Plans.of(plan))
     listed = dict(enumerate(former.shards))
     try:
         found = Build(folder, recipe, rows, present, listed, append).run(data, progress)

@@ -7,36 +7,41 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from curvlib.arguments import check_model
+from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, DtypeError, FormatError, NonFiniteError, ShapeError
-from curvlib.gradients.data import Batch, DataSet
+from curvlib.gradients.data import Batch, DataSet, check_order
+from curvlib.gradients.plans import Plans
 from curvlib.influence import fingerprints, shards
 from curvlib.influence.folder import stored_projection
 from curvlib.influence.manifest import BlockRow, Manifest
+from curvlib.influence.source import Source
 from curvlib.losses import CrossEntropy, Loss, check_loss
 from curvlib.operators import Projection
 from curvlib.pytree import Tree, flatten, tree_map
 
 AT_ONCE = 1 << 20  # numbers that are multiplied together: few enough to stay in the cache where rows are converted
 
-Queries = Mapping[str, Tensor] | Batch | DataSet
+Sketches = Mapping[str, Tensor]
+Scores = Tensor | dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
     """The sketches of N examples on disk, of which inner products with those of queries are influence scores.
 
-    Queries are sketches {block: [Q, *shape]}, from ``index.projection.per_example(...)``, or those of one vector,
-    ``index.projection(v)``; or a batch or a data set `over` a loader, together with model_fn and params. Sketches and
-    results live on the same device.
+    Queries are a batch or a data set `over` a loader, as in ``index.scores(model_fn, params, queries)``; or sketches
+    {block: [Q, *shape]}, as in ``index.scores(sketches)``: those of a vector, ``index.projection(v)``, or of a batch,
+    ``index.projection(cv.per_example_gradients(...))``. Sketches and results live on the same device.
 
     ``print(index)`` shows blocks and sizes. Scores of several checkpoints are averaged by
-    ``sum(index.scores(queries, model_fn, p) for index, p in zip(indexes, checkpoints)) / len(indexes)``. Two indexes of
+    ``sum(index.scores(model_fn, p, queries) for index, p in zip(indexes, checkpoints)) / len(indexes)``. Two indexes of
     one projection are one by ``torch.cat([a.scores(sketches), b.scores(sketches)], 1)``.
 
     Every file has checksums. Those of the rows are compared when an index reads a file for the first time, and again
@@ -61,7 +66,7 @@ class Index:
         all     620                 256          100.0%
         10 examples in float32, 2560 bytes of rows in 1 files; scores are attributed to these parameters only, not to
         what model_fn closes over
-        >>> values, examples = index.top(3, train, model_fn, params)
+        >>> values, examples = index.top(model_fn, params, train, k=3)
         >>> examples.shape
         torch.Size([10, 3])
         >>> folder.cleanup()
@@ -103,39 +108,53 @@ class Index:
             shards.check(self.folder, shard, self.manifest.recipe)
             self.verified[shard.file] = state
 
+    @overload
+    def scores(self, sketches: Sketches, /, *, by_block: bool = ...) -> Scores: ...
+
+    @overload
     def scores(
         self,
-        queries: Queries,
-        model_fn: ModelFn | None = None,
-        params: Tree = None,
+        model_fn: ModelFn,
+        params: Tree,
+        queries: Batch | DataSet,
+        /,
         *,
+        loss: Loss = ...,
+        by_block: bool = ...,
+        plan: Plan | Plans | None = ...,
+    ) -> Scores: ...
+
+    def scores(
+        self,
+        *queries: Any,
         loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
         by_block: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
+        plan: Plan | Plans | None = None,
+    ) -> Scores:
         """Inner products of all rows with the sketches of queries: estimates of g_q^T (curv + damping)^-1 g_n.
 
         Rows are mapped into memory and read once. The first call also compares their checksums.
 
         Args:
-            queries: sketches or data; see the class.
-            model_fn: of the queries, if they are data.
-            params: pytree of tensors, those that the index was made for.
+            *queries: ``model_fn, params, queries`` with the params that the index was made for; or ``sketches``,
+                see the class.
             loss: what is measured on queries, if they are data.
             by_block: what each block contributes, by its name.
+            plan: the model's `plan`, if already made for inputs of these shapes; or `Plans`.
 
         Returns:
             Tensor [Q, N] in float32 (float64 for rows in float64), or a dictionary of them for ``by_block``.
 
         Raises:
-            ArgumentError: queries are data and model_fn or params are missing, or params are those of another
-                checkpoint, or the loader is in random order; or a block's sketches are missing.
+            ArgumentError: model_fn, params or queries are missing, or params are those of another checkpoint, or the
+                loader is in random order; or a block's sketches are missing.
             ShapeError: sketches of another shape; names the block.
             DtypeError: sketches that are not floating-point tensors; names the block.
             NonFiniteError: a query's sketch is not finite; names block and query.
             PytreeError: params are no pytree of tensors.
             FormatError: a file is damaged; names it.
         """
-        rows = self.query_rows(queries, model_fn, params, loss)
+        rows = self.query_rows(queries, loss, plan)
         if not by_block:
             return torch.cat([rows @ part.mT for _, part in self.parts(rows)], 1)
         found: dict[str, list[Tensor]] = {block.name: [] for block in self.blocks}
@@ -144,24 +163,37 @@ class Index:
                 found[block.name].append(rows[:, block.part] @ part[:, block.part].mT)
         return {name: torch.cat(parts, 1) for name, parts in found.items()}
 
+    @overload
+    def top(self, sketches: Sketches, /, *, k: int) -> tuple[Tensor, Tensor]: ...
+
+    @overload
     def top(
         self,
-        k: int,
-        queries: Queries,
-        model_fn: ModelFn | None = None,
-        params: Tree = None,
+        model_fn: ModelFn,
+        params: Tree,
+        queries: Batch | DataSet,
+        /,
         *,
+        k: int,
+        loss: Loss = ...,
+        plan: Plan | Plans | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def top(
+        self,
+        *queries: Any,
+        k: int,
         loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+        plan: Plan | Plans | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The k examples with the greatest scores for every query; scores of all are never held together.
 
         Args:
-            k: how many.
-            queries: as for `scores`, as are the other arguments. Those with the smallest scores are found by sketches
+            *queries: as for `scores`, as are the other arguments. Those with the smallest scores are found by sketches
                 with the opposite sign.
-            model_fn: of the queries, if they are data.
-            params: pytree of tensors, those that the index was made for.
+            k: how many.
             loss: what is measured on queries, if they are data.
+            plan: the model's plan, or `Plans`.
 
         Returns:
             (scores [Q, k], descending; numbers of the examples [Q, k]).
@@ -171,7 +203,7 @@ class Index:
         """
         if not 1 <= k <= len(self):
             raise ArgumentError(f"k must lie between 1 and the {len(self)} examples of the index, got {k}")
-        rows = self.query_rows(queries, model_fn, params, loss)
+        rows = self.query_rows(queries, loss, plan)
         values = rows.new_empty(len(rows), 0)
         examples = torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
         for start, part in self.parts(rows):
@@ -200,10 +232,18 @@ class Index:
                 start += len(part)
             self.verified[shard.file] = state
 
-    def query_rows(self, queries: Queries, model_fn: ModelFn | None, params: Tree, loss: Loss) -> Tensor:
+    def query_rows(self, given: tuple[Any, ...], loss: Loss, plan: Plan | Plans | None) -> Tensor:
         """The rows [Q, width] of queries, in float32 or float64."""
-        if not isinstance(queries, Mapping):
-            queries = self.sketches(queries, model_fn, params, loss)
+        match given:
+            case (Mapping() as queries,):
+                pass
+            case (model_fn, params, data):
+                queries = self.sketches(model_fn, params, data, loss, plan)
+            case _:
+                raise ArgumentError(
+                    "queries that are data need model_fn and params: give index.scores(model_fn, params, queries); "
+                    "sketches {block: [Q, ...]} are given alone"
+                )
         dtype = torch.promote_types(self.manifest.recipe.torch_dtype, torch.float32)
         known = [block.name for block in self.blocks]
         if sorted(queries) != sorted(known):
@@ -235,11 +275,9 @@ class Index:
         return torch.cat(rows, 1)
 
     def sketches(
-        self, queries: Batch | DataSet, model_fn: ModelFn | None, params: Tree, loss: Loss
+        self, model_fn: ModelFn, params: Tree, queries: Batch | DataSet, loss: Loss, plan: Plan | Plans | None
     ) -> dict[str, Tensor]:
         """The sketches of data."""
-        if model_fn is None or params is None:
-            raise ArgumentError("queries that are data need model_fn and params; sketches are {block: [Q, ...]}")
         check_model(model_fn, params)
         check_loss(loss)
         if fingerprints.of_params(params) != self.manifest.recipe.params:
@@ -249,8 +287,9 @@ class Index:
             )
         device = flatten(params)[0][0].device
         projection = tree_map(lambda x: x.to(device), self.projection)
-        found: dict[str, Tensor] = projection.per_example(model_fn, params, queries, loss=loss)
-        return found
+        check_order(queries, "scores have one row a query, in the order of the data")
+        parts = [projection(found) for found in Source(model_fn, params, queries, loss, None, Plans.of(plan))]
+        return {block.name: torch.cat([part[block.name] for part in parts]) for block in self.blocks}
 
 
 def load(path: str | os.PathLike[str], *, verify: bool = False) -> Index:
@@ -275,7 +314,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = False) -> Index:
         >>> projection = cv.ekfac(model_fn, params, train).power(-0.5, 0.1).project(cv.EigenSketch(rank=2))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = cv.influence.build(folder, projection, model_fn, params, train)
-        ...     load(folder).scores(train, model_fn, params).shape
+        ...     load(folder).scores(model_fn, params, train).shape
         torch.Size([10, 10])
     """
     folder = Path(path)

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from curvlib.errors import ArgumentError, CaptureError, PytreeError
+from curvlib.gradients.block_gradients import BlockGradients, RowGradients
 from curvlib.gradients.data import Batch, DataSet, repeatable
-from curvlib.gradients.per_example import BlockGradients, ExampleGradients, RowGradients
-from curvlib.influence.pairs import Products, Vectors, Whole, joined
-from curvlib.influence.rotated_rows import product, rotatable
-from curvlib.layers.rows import GRADIENTS_AT_ONCE, DenseRows
+from curvlib.gradients.per_example import PerExampleGradients
+from curvlib.influence.contractions import Products, Vectors, Whole, joined, product, quadratic, rotatable
+from curvlib.layers.rows import DenseRows
 from curvlib.operators import BlockDiagonal, EigenKronecker, Kronecker, Operator
 from curvlib.operators.blocks import Layouts
 from curvlib.pytree import Domain, Tree
@@ -59,13 +60,13 @@ def apply(inverse: Inverse, vectors: Tree, domain: Domain) -> Tree:
     return domain.tree([torch.stack(column) for column in zip(*images, strict=True)])
 
 
-def in_blocks(vectors: Tree, gradients: ExampleGradients) -> dict[str, Vectors]:
+def in_blocks(vectors: Tree, gradients: PerExampleGradients) -> dict[str, Vectors]:
     """Stacked vectors as tensors of the blocks that the gradients have."""
     leaves = gradients.domain.leaves(vectors, 1)
     return {name: Whole(layout.gather(leaves)) for name, layout in gradients.layouts}
 
 
-def preconditioned(inverse: Inverse, gradients: ExampleGradients, start: int, stop: int) -> dict[str, Vectors]:
+def preconditioned(inverse: Inverse, gradients: PerExampleGradients, start: int, stop: int) -> dict[str, Vectors]:
     """The inverse applied to the gradients of these examples."""
     if not isinstance(inverse, BlockDiagonal) or inverse.layouts != gradients.layouts:
         return in_blocks(apply(inverse, gradients.tree(start, stop), gradients.domain), gradients)
@@ -102,6 +103,35 @@ def of_rank(vectors: Vectors, rank: int) -> Vectors:
     return Products(left[..., :rank].mT * singular[..., :rank, None], right[..., :rank, :])
 
 
+def quadratic_forms(inverse: Inverse, gradients: PerExampleGradients) -> dict[str, Tensor]:
+    """g_n^T curv^-1 g_n for all examples [N], by block."""
+    if isinstance(inverse, BlockDiagonal) and inverse.layouts == gradients.layouts:
+        return {name: form_of_block(block, gradients.blocks[name], gradients) for name, _, block in inverse.items()}
+    parts: dict[str, list[Tensor]] = {name: [] for name, _ in gradients.layouts}
+    for start, stop in gradients.ranges():
+        vectors = gradients.tree(start, stop)
+        images = apply(inverse, vectors, gradients.domain)
+        leaves = (gradients.domain.leaves(tree, 1) for tree in (vectors, images))
+        products = [a * b for a, b in zip(*leaves, strict=True)]
+        for name, layout in gradients.layouts:
+            parts[name].append(layout.gather(products).flatten(1).sum(1))
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def form_of_block(block: Operator, gradients: BlockGradients, batch: PerExampleGradients) -> Tensor:
+    """The forms of one block [N]; in its eigenbasis, if it has one and the rows are few."""
+    if isinstance(block, (Kronecker, EigenKronecker)):
+        eigen = block.eigen() if isinstance(block, Kronecker) else block
+        use = rotatable(gradients, eigen)
+        if use is not None:
+            return quadratic(eigen, use)
+    parts = []
+    for start, stop in batch.ranges():
+        vectors = gradients.dense(start, stop)
+        parts.append((vectors * block.matmat(vectors)).flatten(1).sum(1))
+    return torch.cat(parts)
+
+
 # --- which queries are held together -----------------------------------------------------------------------------
 
 
@@ -112,7 +142,7 @@ class Held:
     layouts: Layouts
     vectors: dict[str, Vectors]
 
-    def fitting(self, gradients: ExampleGradients) -> dict[str, Vectors]:
+    def fitting(self, gradients: PerExampleGradients) -> dict[str, Vectors]:
         """The vectors, for gradients of the same blocks.
 
         Raises:
@@ -127,7 +157,7 @@ class Held:
 
 def stacks(
     inverse: Inverse,
-    source: Iterable[ExampleGradients],
+    source: Iterable[PerExampleGradients],
     train: Batch | DataSet,
     query_batch: int | None,
     rank: int | None,
@@ -140,7 +170,7 @@ def stacks(
         if waiting:
             Held(layouts, {}).fitting(gradients)
         layouts = gradients.layouts
-        for start, stop in ranges(gradients, query_batch):
+        for start, stop in gradients.ranges(query_batch):
             found = preconditioned(inverse, gradients, start, stop)
             if rank is not None:
                 found = {name: of_rank(vectors, rank) for name, vectors in found.items()}
@@ -153,15 +183,6 @@ def stacks(
             waiting.append(found)
             count, elements = count + stop - start, elements + size
     yield held_together(layouts, waiting)
-
-
-def ranges(gradients: ExampleGradients, most: int | None) -> Iterator[tuple[int, int]]:
-    """Ranges of examples whose gradients fit into memory together, of at most so many."""
-    each = sum(math.prod(shape) for shape in gradients.domain.shapes)
-    step = max(1, GRADIENTS_AT_ONCE // each)
-    step = step if most is None else min(step, most)
-    for start in range(0, gradients.examples, step):
-        yield start, min(start + step, gradients.examples)
 
 
 def held_together(layouts: Layouts, parts: list[dict[str, Vectors]]) -> Held:

@@ -7,12 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from curvlib.capture import Plan
-from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import NonFiniteError
-from curvlib.estimators.statistics import shapes
-from curvlib.gradients.per_example import example_gradients
+from curvlib.gradients.per_example import gradients_under
+from curvlib.gradients.plans import Plans
 from curvlib.influence.examples import Examples
 from curvlib.influence.manifest import block_rows
 from curvlib.losses import Loss
@@ -30,7 +28,7 @@ class Rows:
         params: pytree of tensors.
         loss: the objective.
         dtype: of the rows.
-        plans: of the model, by the shapes of inputs; filled on the way.
+        plans: of the model.
     """
 
     projection: Projection
@@ -38,7 +36,7 @@ class Rows:
     params: Tree
     loss: Loss
     dtype: torch.dtype
-    plans: dict[object, Plan]
+    plans: Plans
 
     def of(self, examples: Examples, start: int) -> Tensor:
         """The rows [n, width], on the CPU; ``start`` is the number of the first example.
@@ -46,13 +44,9 @@ class Rows:
         Raises:
             NonFiniteError: a number is infinite or not a number in the dtype of the rows; names block and example.
         """
-        inputs, targets = examples.batch
-        key = shapes(inputs)
-        plan = self.plans.get(key) or make_plan(self.model_fn, self.params, inputs)
-        if plan.static:
-            self.plans[key] = plan
-        gradients = example_gradients(self.model_fn, self.params, (inputs, targets), loss=self.loss, plan=plan)
-        sketches = self.projection.of_examples(gradients)
+        plan = self.plans.fitting(self.model_fn, self.params, examples.batch[0])
+        gradients = gradients_under(plan, self.model_fn, self.params, examples.batch, self.loss, "gradient", None)
+        sketches = self.projection(gradients)
         names = [name for name, _ in self.projection.layouts]
         rows = torch.cat([sketches[name].detach().flatten(1) for name in names], 1).to("cpu", self.dtype)
         if not rows.isfinite().all():

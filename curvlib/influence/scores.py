@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from curvlib.arguments import check_model
+from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, ShapeError, naming
-from curvlib.estimators.observations import objective_gradient, planned
 from curvlib.gradients.data import Batch, DataSet, check_order
-from curvlib.gradients.per_example import ExampleGradients, example_gradients
-from curvlib.influence.pairs import Vectors
-from curvlib.influence.preconditioning import Inverse, apply, check_inverse, in_blocks, stacks
-from curvlib.influence.quadratic import quadratic_forms
+from curvlib.gradients.per_example import PerExampleGradients
+from curvlib.gradients.plans import Plans
+from curvlib.influence.contractions import Vectors
+from curvlib.influence.preconditioning import Inverse, apply, check_inverse, in_blocks, quadratic_forms, stacks
+from curvlib.influence.source import Source
 from curvlib.layers.rows import summed
 from curvlib.losses import CrossEntropy, Loss, check_loss
 from curvlib.pytree import Domain, Tree, tree_map
@@ -28,40 +28,13 @@ Scores = Tensor | dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Examples whose gradients are taken, batch by batch."""
-
-    model_fn: ModelFn
-    params: Tree
-    data: Batch | DataSet
-    loss: Loss
-    engine: str | None
-
-    def __iter__(self) -> Iterator[ExampleGradients]:
-        """Yields the gradients of the examples of every batch."""
-        for plan, inputs, targets in planned(self.model_fn, self.params, self.data, None):
-            yield example_gradients(
-                self.model_fn, self.params, (inputs, targets), loss=self.loss, engine=self.engine, plan=plan
-            )
-
-    def total(self) -> Tree:
-        """The sum of all gradients, as a stack of one vector."""
-        loss = dataclasses.replace(cast(Any, self.loss), reduction="sum")  # losses are frozen dataclasses
-        total: Tree = None
-        for _, inputs, targets in planned(self.model_fn, self.params, self.data, None):
-            found = objective_gradient(self.model_fn, self.params, inputs, targets, loss, self.engine)
-            total = found if total is None else tree_map(torch.add, total, found)
-        return tree_map(lambda leaf: leaf.unsqueeze(0), total)
-
-
-@dataclasses.dataclass(frozen=True)
 class Wanted:
     """How finely scores are resolved."""
 
     by_block: bool
     per_token: bool
 
-    def of(self, vectors: dict[str, Vectors], gradients: ExampleGradients) -> Scores:
+    def of(self, vectors: dict[str, Vectors], gradients: PerExampleGradients) -> Scores:
         """The scores of the examples of one batch: [Q, N], or [Q, N, T]."""
         found = {}
         for name, stack in vectors.items():
@@ -75,7 +48,7 @@ class Wanted:
         return summed(list(found.values()))
 
     def over(
-        self, batches: Iterable[ExampleGradients], vectors: Callable[[ExampleGradients], dict[str, Vectors]]
+        self, batches: Iterable[PerExampleGradients], vectors: Callable[[PerExampleGradients], dict[str, Vectors]]
     ) -> Scores:
         """The scores of all examples."""
         parts = [self.of(vectors(gradients), gradients) for gradients in batches]
@@ -113,9 +86,9 @@ def beside(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 1)
 
 
-def bar(source: Source, progress: bool) -> Iterable[ExampleGradients]:
+def bar(source: Source, progress: bool) -> Iterable[PerExampleGradients]:
     """The batches of a source, with a progress bar on a terminal if asked for."""
-    batches: Iterable[ExampleGradients] = tqdm(source, "scores", unit="batch", disable=None if progress else True)
+    batches: Iterable[PerExampleGradients] = tqdm(source, "scores", unit="batch", disable=None if progress else True)
     return batches
 
 
@@ -154,6 +127,7 @@ def scores(
     aggregate: str | None = None,
     progress: bool = False,
     engine: str | None = None,
+    plan: Plan | Plans | None = None,
 ) -> Scores:
     """Influence scores s_qt = g_q^T curv^-1 g_t of every training example t on every query q.
 
@@ -184,6 +158,8 @@ def scores(
             curv^-1 sum g.
         progress: show a progress bar if standard error is a terminal.
         engine: "functional", "autograd" or None, as for `kfac`.
+        plan: the model's `plan`, if already made for inputs of these shapes; or `Plans`. One is made for all batches of
+            the same shapes, queries and training data alike.
 
     Returns:
         Tensor [Q, N]; [Q, N, T] for ``per_token``; without its first axis for ``aggregate="queries"``, and [Q] for
@@ -218,8 +194,9 @@ def scores(
         check_order(queries, "scores have one row a query, in the order of the data")
     if aggregate != "train":
         check_order(train, "scores have one column a training example, in the order of the data")
-    asked = Source(model_fn, params, queries, measurement or loss, engine)
-    known = Source(model_fn, params, train, loss, engine)
+    plans = Plans.of(plan)
+    asked = Source(model_fn, params, queries, measurement or loss, engine, plans)
+    known = Source(model_fn, params, train, loss, engine, plans)
     wanted = Wanted(by_block, per_token)
     if aggregate is not None:
         summed_up, other = (asked, known) if aggregate == "queries" else (known, asked)
@@ -243,6 +220,7 @@ def self_influence(
     by_block: bool = False,
     progress: bool = False,
     engine: str | None = None,
+    plan: Plan | Plans | None = None,
 ) -> Scores:
     """The influence g_t^T curv^-1 g_t of every training example on itself: large for outliers and wrong labels.
 
@@ -255,6 +233,7 @@ def self_influence(
         by_block: what each block contributes, by its name.
         progress: show a progress bar if standard error is a terminal.
         engine: "functional", "autograd" or None.
+        plan: as for `scores`.
 
     Returns:
         Tensor [N], or a dictionary of them for ``by_block``.
@@ -277,7 +256,7 @@ def self_influence(
     check_loss(loss)
     check_inverse(curv_inverse, Domain.of(params))
     check_order(train, "self-influence has one number a training example, in the order of the data")
-    source = Source(model_fn, params, train, loss, engine)
+    source = Source(model_fn, params, train, loss, engine, Plans.of(plan))
     parts = []
     for batch in bar(source, progress):
         found = quadratic_forms(curv_inverse, batch)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn, examples_in
 from curvlib.errors import ArgumentError, ShapeError
 from curvlib.gradients.data import Batch, DataSet, batches, repeatable
+from curvlib.gradients.plans import Plans
 from curvlib.influence.index import Index
 from curvlib.influence.preconditioning import Inverse
 from curvlib.influence.scores import scores
@@ -41,17 +43,18 @@ class Fetched:
 
 def rerank(
     index: Index,
-    k: int,
     curv_inverse: Inverse,
     model_fn: ModelFn,
     params: Tree,
     queries: Batch | DataSet,
-    fetch: Callable[[Tensor], Batch],
     *,
+    k: int,
+    fetch: Callable[[Tensor], Batch],
     recall: float = 0.01,
     loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
     measurement: Loss | None = None,
     batch_size: int = 32,
+    plan: Plan | Plans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k examples with the greatest exact scores among those that sketches recall.
 
@@ -60,17 +63,18 @@ def rerank(
 
     Args:
         index: sketches of the training data.
-        k: how many examples are wanted for every query.
         curv_inverse: as for `scores`.
         model_fn: pure function (params, inputs) -> outputs.
         params: pytree of tensors, those that the index was made for.
         queries: (inputs, targets), or a data set `over` a loader; it is read twice.
+        k: how many examples are wanted for every query.
         fetch: a function of an integer tensor [n], ascending numbers of training examples, that returns these
             examples (inputs, targets), in this order.
         recall: the share of the training data that is looked at for a query.
         loss: the loss that the model was trained with.
         measurement: what is measured on queries in place of the loss.
         batch_size: examples that are fetched together.
+        plan: the model's `plan`, if already made for inputs of these shapes; or `Plans`.
 
     Returns:
         (exact scores [Q, k], descending; numbers of the examples [Q, k]).
@@ -90,8 +94,8 @@ def rerank(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     index = cv.influence.build(folder, projection, model_fn, params, (inputs, targets))
         ...     values, examples = rerank(
-        ...         index, 2, curv.inverse(damping), model_fn, params, (inputs[:3], targets[:3]),
-        ...         lambda numbers: (inputs[numbers], targets[numbers]), recall=0.2,
+        ...         index, curv.inverse(damping), model_fn, params, (inputs[:3], targets[:3]), k=2, recall=0.2,
+        ...         fetch=lambda numbers: (inputs[numbers], targets[numbers]),
         ...     )
         >>> values.shape, examples.shape
         (torch.Size([3, 2]), torch.Size([3, 2]))
@@ -102,10 +106,13 @@ def rerank(
         raise ArgumentError(f"k must lie between 1 and the {len(index)} examples of the index, got {k}")
     repeatable(queries)
     count = max(k, math.ceil(recall * len(index)))
-    _, recalled = index.top(count, queries, model_fn, params, loss=measurement or loss)
+    plans = Plans.of(plan)
+    _, recalled = index.top(model_fn, params, queries, k=count, loss=measurement or loss, plan=plans)
     examples = recalled.unique()
     train = DataSet(Fetched(fetch, examples.cpu(), batch_size), progress=False)
-    exact = scores(curv_inverse, model_fn, params, queries, train, loss=loss, measurement=measurement)
+    exact = scores(
+        curv_inverse, model_fn, params, queries, train, loss=loss, measurement=measurement, plan=plans
+    )
     assert isinstance(exact, Tensor)
     values, places = exact.topk(k, dim=1)
     return values, examples.to(places.device)[places]

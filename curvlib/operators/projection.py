@@ -8,24 +8,27 @@ projected gradients estimates g^T K^-1 h. Of a gradient that is a sum over posit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from curvlib.errors import PytreeError, naming
+from curvlib.errors import naming
 from curvlib.operators.base import Operator
 from curvlib.operators.blocks import BlockDiagonal, Layouts
 from curvlib.operators.layout import Layout, Region
 from curvlib.operators.sketch import Compressor, Sides
 from curvlib.operators.summary import tensors_by_block
-from curvlib.operators.vectors import cast, floating_dtype, vector_leaves, widest
+from curvlib.operators.vectors import cast, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, register, static
 
-if TYPE_CHECKING:
-    from curvlib.gradients.per_example import BlockGradients, ExampleGradients
-    from curvlib.losses import Loss
+
+@runtime_checkable
+class Projectable(Protocol):
+    """What is projected from the form it is kept in, such as the gradients of examples, which are kept as rows."""
+
+    def projected_by(self, projection: Projection) -> dict[str, Tensor]:
+        """Their projections, by block, with axes of their own in front."""
 
 
 @register
@@ -54,15 +57,29 @@ class Projection:
     def __repr__(self) -> str:
         return tensors_by_block("Projection", self.domain, self.sides)
 
-    def __call__(self, v: Tree) -> dict[str, Tensor]:
+    def __call__(self, v: Tree | Projectable) -> dict[str, Tensor]:
         """{block: M_left V M_right^T [*, p, q]}, or {block: M v [p]} for a block without sides.
 
         As for products with an operator, the result has the dtype of the vector (of per-example gradients, theirs).
 
+        Args:
+            v: a vector, a pytree like params; or the gradients of N examples, `per_example_gradients`, whose
+                projections have N rows, [N, *, p, q].
+
         Raises:
             PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
             DtypeError: a leaf is not of a floating dtype; names it.
+
+        Example:
+            >>> import curvlib as cv
+            >>> params = {"w": torch.ones(3, 4)}
+            >>> model_fn, batch = lambda p, x: x @ p["w"], (torch.randn(9, 3), torch.zeros(9, dtype=torch.long))
+            >>> projection = cv.kfac(model_fn, params, batch).power(-0.5, 0.1).project(cv.EigenSketch(rank=2))
+            >>> projection(cv.per_example_gradients(model_fn, params, batch))["w"].shape
+            torch.Size([9, 2, 2])
         """
+        if isinstance(v, Projectable):
+            return v.projected_by(self)
         vector_leaves(v)
         leaves = self.domain.leaves(v)
         return {name: projected(self.sides[name], layout.gather(leaves), 0) for name, layout in self.layouts}
@@ -71,67 +88,6 @@ class Projection:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every block's projection of one vector."""
         return {name: projected_shape(self.sides[name], layout) for name, layout in self.layouts}
-
-    def per_example(
-        self, model_fn: Callable[[Any, Any], Any], params: Tree, batch: Any, *, loss: Loss | None = None
-    ) -> dict[str, Tensor]:
-        """The projections of per-example gradients, each that of the example's own, unreduced loss term.
-
-        They are made of what layers read and of gradients of their outputs; a gradient of a weight is formed only where
-        that takes fewer multiplications, or where the operator's blocks are others than the model's layers.
-
-        Args:
-            model_fn: pure function (params, inputs) -> outputs [N, ...].
-            params: pytree of tensors, like those that the curvature was made for.
-            batch: (inputs, targets) with N examples, or a whole data set `over` a loader.
-            loss: the objective; None: `CrossEntropy`.
-
-        Returns:
-            {block: [N, *, p, q]}, or {block: [N, p]} for a block without sides.
-
-        Raises:
-            PytreeError: the curvature was made for other parameters.
-            CaptureError: a parameter is used by a call that is not understood.
-            TargetError: the targets do not fit the loss.
-            ArgumentError: the loader is in random order.
-
-        Example:
-            >>> import curvlib as cv
-            >>> from curvlib.operators import EigenSketch
-            >>> params = {"w": torch.ones(3, 4)}
-            >>> model_fn, batch = lambda p, x: x @ p["w"], (torch.randn(9, 3), torch.zeros(9, dtype=torch.long))
-            >>> root = cv.kfac(model_fn, params, batch).power(-0.5, 0.1)
-            >>> root.project(EigenSketch(rank=2)).per_example(model_fn, params, batch)["w"].shape
-            torch.Size([9, 2, 2])
-        """
-        from curvlib.estimators.observations import planned  # estimators are made of operators
-        from curvlib.gradients.data import check_order
-        from curvlib.gradients.per_example import example_gradients
-        from curvlib.losses import CrossEntropy
-
-        if Domain.of(params) != self.domain:
-            raise PytreeError("the projection was made for params of another structure or other shapes")
-        check_order(batch, "projections have one row an example, in the order of the data")
-        parts = []
-        for plan, inputs, targets in planned(model_fn, params, batch, None):
-            loss = CrossEntropy() if loss is None else loss
-            gradients = example_gradients(model_fn, params, (inputs, targets), loss=loss, plan=plan)
-            parts.append(self.of_examples(gradients))
-        return {name: torch.cat([part[name] for part in parts]) for name, _ in self.layouts}
-
-    def of_examples(self, gradients: ExampleGradients) -> dict[str, Tensor]:
-        """The projections of per-example gradients that are already there."""
-        known = {name: sequences(layout) for name, layout in gradients.layouts}
-        other = [(name, layout) for name, layout in self.layouts if known.get(name) != sequences(layout)]
-        found: dict[str, list[Tensor]] = {name: [] for name, _ in other}
-        for start, stop in gradients.ranges() if other else ():
-            leaves = self.domain.leaves(gradients.tree(start, stop), 1)
-            for name, layout in other:
-                found[name].append(projected(self.sides[name], layout.gather(leaves), 1))
-        return {
-            name: torch.cat(found[name]) if name in found else of_rows(self.sides[name], gradients.blocks[name])
-            for name, _ in self.layouts
-        }
 
 
 def sequences(layout: Layout) -> tuple[object, ...]:
@@ -160,21 +116,6 @@ def projected(sides: Sides, vectors: Tensor, leading: int) -> Tensor:
         case (rows,):
             flat = rows.flatten(1)
             return (vectors.flatten(leading) @ flat.mT if leading else flat @ vectors.reshape(-1)).to(dtype)
-    raise AssertionError(f"a block has one to three tensors, not {len(sides)}")
-
-
-def of_rows(sides: Sides, gradients: BlockGradients) -> Tensor:
-    """The projections of a block's per-example gradients, in their dtype."""
-    dtype = floating_dtype(gradients)
-    wide = widest([dtype, *(side.dtype for side in sides)])
-    gradients, sides = cast(gradients, wide), cast(sides, wide)
-    match sides:
-        case (left, right, weights):
-            return (weights * gradients.projected(left, right)).to(dtype)
-        case (left, right):
-            return gradients.projected(left, right).to(dtype)
-        case (rows,):
-            return gradients.inner(rows).mT.to(dtype)
     raise AssertionError(f"a block has one to three tensors, not {len(sides)}")
 
 

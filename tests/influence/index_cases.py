@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def ragged(batch: Batch, sizes: Sequence[int]) -> cv.gradients.data.DataSet:
+def ragged(batch: Batch, sizes: Sequence[int]) -> cv.gradients.DataSet:
     """The batch in pieces of these sizes, again and again until it ends."""
     total, cut = len(batch[1]), list[int]()
     for size in itertools.cycle(sizes):
@@ -57,7 +57,7 @@ class StoppedError(Exception):
     pass
 
 
-def stopped_after(batches: Sequence[Batch]) -> cv.gradients.data.DataSet:
+def stopped_after(batches: Sequence[Batch]) -> cv.gradients.DataSet:
     """A data set that fails at its end, as if the process stopped there."""
 
     def loader() -> Iterator[Batch]:

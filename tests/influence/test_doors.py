@@ -37,7 +37,7 @@ DAMPING = cv.FactoredTikhonov(0.1)
 CURVATURE = CASE.curvature()
 INVERSE = CURVATURE.inverse(DAMPING)
 PROJECTION = projection_of(CASE)
-SKETCHES = PROJECTION.per_example(CASE.model_fn, CASE.params, CASE.queries)
+SKETCHES = PROJECTION(cv.per_example_gradients(CASE.model_fn, CASE.params, CASE.queries))
 MODEL = CASE.model_fn, CASE.params
 
 
@@ -63,21 +63,21 @@ LOADER = DataLoader(TensorDataset(*DATA), 4)
 SINGLE = {name: leaf.float() for name, leaf in CASE.params.items()}
 NAN = (CASE.queries[0] * torch.tensor([1.0, 1.0, float("nan"), 1.0]).unsqueeze(1), CASE.queries[1])
 QUERIES: dict[str, tuple[type[Exception], str, tuple[Any, ...]]] = {
-    "no example": (EmptyBatchError, "empty", (NOTHING, *MODEL)),
-    "no batch": (EmptyBatchError, "gave no batch", (cv.over([]), *MODEL)),
-    "batches without examples": (EmptyBatchError, "empty", (cv.over([NOTHING]), *MODEL)),
-    "a loader": (ArgumentError, r"use cv.over\(loader\)", (LOADER, *MODEL)),
-    "inputs only": (ArgumentError, r"pair \(inputs, targets\)", (CASE.queries[0], *MODEL)),
+    "no example": (EmptyBatchError, "empty", (*MODEL, NOTHING)),
+    "no batch": (EmptyBatchError, "gave no batch", (*MODEL, cv.over([]))),
+    "batches without examples": (EmptyBatchError, "empty", (*MODEL, cv.over([NOTHING]))),
+    "a loader": (ArgumentError, r"use cv.over\(loader\)", (*MODEL, LOADER)),
+    "inputs only": (ArgumentError, r"pair \(inputs, targets\)", (*MODEL, CASE.queries[0])),
     "no model": (ArgumentError, "need model_fn and params", (CASE.queries,)),
     "params of another dtype": (
-        ArgumentError, "same checkpoint, in the same dtype", (CASE.queries, CASE.model_fn, SINGLE),
+        ArgumentError, "same checkpoint, in the same dtype", (CASE.model_fn, SINGLE, CASE.queries),
     ),
     "params of another model": (
-        PytreeError, "none of the module's parameters", (CASE.queries, CASE.model_fn, {"weight": torch.ones(3, 3)}),
+        PytreeError, "none of the module's parameters", (CASE.model_fn, {"weight": torch.ones(3, 3)}, CASE.queries),
     ),
-    "a generator of params": (PytreeError, "got a", (CASE.queries, CASE.model_fn, iter(CASE.params.values()))),
-    "swapped arguments": (ArgumentError, "swapped", (CASE.queries, CASE.params, CASE.model_fn)),
-    "a query that is not finite": (NonFiniteError, r"block '0.weight': the sketch of query 2 is not", (NAN, *MODEL)),
+    "a generator of params": (PytreeError, "got a", (CASE.model_fn, iter(CASE.params.values()), CASE.queries)),
+    "swapped arguments": (ArgumentError, "swapped", (CASE.params, CASE.model_fn, CASE.queries)),
+    "a query that is not finite": (NonFiniteError, r"block '0.weight': the sketch of query 2 is not", (*MODEL, NAN)),
     "a sketch that is not finite": (
         NonFiniteError, "block '2.weight': the sketch of query 0", (changed("2.weight", SKETCHES["2.weight"] / 0),),
     ),
@@ -90,20 +90,20 @@ QUERIES: dict[str, tuple[type[Exception], str, tuple[Any, ...]]] = {
 @pytest.mark.parametrize("what", QUERIES)
 def test_queries_that_are_a_mistake_are_refused(index: cv.influence.Index, what: str) -> None:
     error, message, arguments = QUERIES[what]
-    for action in (lambda: index.scores(*arguments), lambda: index.top(2, *arguments)):
+    for action in (lambda: index.scores(*arguments), lambda: index.top(*arguments, k=2)):
         with pytest.raises(error, match=message):
             action()
 
 
 def test_queries_may_have_another_loss_with_targets_of_its_own(index: cv.influence.Index) -> None:
     targets = torch.zeros(4, 4, dtype=torch.float64)
-    found = index.scores((CASE.queries[0], targets), *MODEL, loss=cv.MSE(reduction="sum"))
-    sketches = PROJECTION.per_example(*MODEL, (CASE.queries[0], targets), loss=cv.MSE(reduction="sum"))
+    found = index.scores(*MODEL, (CASE.queries[0], targets), loss=cv.MSE(reduction="sum"))
+    sketches = PROJECTION(cv.per_example_gradients(*MODEL, (CASE.queries[0], targets), loss=cv.MSE(reduction="sum")))
     assert isinstance(found, Tensor)
     assert torch.equal(found, index.scores(sketches))
     assert not torch.allclose(found, index.scores(SKETCHES))
     with pytest.raises(TargetError, match="MSE"):
-        index.scores(CASE.queries, *MODEL, loss=cv.MSE())
+        index.scores(*MODEL, CASE.queries, loss=cv.MSE())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -141,7 +141,7 @@ def test_builds_that_are_a_mistake_are_refused(tmp_path: Path, what: str) -> Non
 
 def test_reranking_by_mistake_is_refused(index: cv.influence.Index) -> None:
     def reranked(k: int = 2, fetch: Callable[[Tensor], Any] = fetch, **options: Any) -> Any:
-        return cv.influence.rerank(index, k, INVERSE, *MODEL, CASE.queries, fetch, **options)
+        return cv.influence.rerank(index, INVERSE, *MODEL, CASE.queries, k=k, fetch=fetch, **options)
 
     for k in (0, 13):
         with pytest.raises(ArgumentError, match="between 1 and the 12 examples"):

@@ -46,7 +46,7 @@ def index_of(path: Path, case: Case, projection: cv.Projection, **options: Any) 
 
 
 def scores_of(index: cv.influence.Index, case: Case, **options: Any) -> Any:
-    return index.scores(case.queries, case.model_fn, case.params, **options)
+    return index.scores(case.model_fn, case.params, case.queries, **options)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -80,7 +80,7 @@ def test_sketched_scores_are_unbiased_and_their_error_falls_as_the_root_of_the_r
         for seed in range(draws):
             projection = root.project(cv.sketch(case.params, rank=rank, seed=seed))
             queries, train = (
-                projection.per_example(case.model_fn, case.params, batch)["weight"].flatten(1)
+                projection(cv.per_example_gradients(case.model_fn, case.params, batch))["weight"].flatten(1)
                 for batch in (case.queries, case.train)
             )
             found.append(queries @ train.mT)
@@ -105,7 +105,7 @@ def test_rows_of_fewer_bits_give_scores_to_as_many_digits(tmp_path: Path, dtype:
     assert found.dtype == torch.float32
     error = float((found.double() - exact).norm() / exact.norm())
     assert digits / 100 <= error <= 4 * digits
-    assert_close(index.top(3, CASE.queries, CASE.model_fn, CASE.params)[0], found.topk(3).values, 1e-6)
+    assert_close(index.top(CASE.model_fn, CASE.params, CASE.queries, k=3)[0], found.topk(3).values, 1e-6)
 
 
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -134,7 +134,7 @@ def test_sequences_of_several_lengths_and_shared_tensors_are_kept_apart_and_toge
     curv = cv.kfac(model_fn, case.params, cv.over(batches), fisher="empirical")
     projection = curv.power(-0.5, DAMPING).project(cv.sketch(case.params, rank=64))
     index = build(tmp_path, case, cv.over(batches), projection, model_fn=model_fn, dtype=torch.float64, batch_size=4)
-    found = index.scores(cv.over(batches), model_fn, case.params)
+    found = index.scores(model_fn, case.params, cv.over(batches))
     inverse = curv.inverse(DAMPING)
     expected = [
         torch.cat([cv.influence.scores(inverse, model_fn, case.params, q, t) for t in batches], 1) for q in batches
@@ -145,11 +145,11 @@ def test_sequences_of_several_lengths_and_shared_tensors_are_kept_apart_and_toge
 def test_queries_are_sketches_or_data_or_one_vector(tmp_path: Path) -> None:
     projection = projection_of(CASE)
     index = index_of(tmp_path, CASE, projection)
-    sketches = projection.per_example(CASE.model_fn, CASE.params, CASE.queries)
+    sketches = projection(cv.per_example_gradients(CASE.model_fn, CASE.params, CASE.queries))
     found = scores_of(index, CASE)
     assert torch.equal(index.scores(sketches), found)
     halves = cv.over(in_batches(CASE.queries, 1, 3))
-    assert_close(index.scores(halves, CASE.model_fn, CASE.params), found)
+    assert_close(index.scores(CASE.model_fn, CASE.params, halves), found)
     one = cv.unravel(CASE.gradients(CASE.queries)[2], CASE.params)
     assert_close(index.scores(index.projection(one)), found[2:3])
     parts = scores_of(index, CASE, by_block=True)
@@ -164,20 +164,20 @@ def test_the_greatest_scores_are_found_across_files(tmp_path: Path, monkeypatch:
     index = build(tmp_path, CASE, DATA)
     found = scores_of(index, CASE)
     for k in (1, 5, 30):
-        values, numbers = index.top(k, CASE.queries, CASE.model_fn, CASE.params)
+        values, numbers = index.top(CASE.model_fn, CASE.params, CASE.queries, k=k)
         assert_close(values, found.topk(k).values, 1e-6)
         assert_close(found.gather(1, numbers), values, 1e-6)
     for k in (0, 31):
         with pytest.raises(ArgumentError, match="between 1 and the 30 examples"):
-            index.top(k, CASE.queries, CASE.model_fn, CASE.params)
+            index.top(CASE.model_fn, CASE.params, CASE.queries, k=k)
 
 
 def test_queries_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     index = index_of(tmp_path, CASE, projection_of(CASE))
-    sketches = projection_of(CASE).per_example(CASE.model_fn, CASE.params, CASE.queries)
+    sketches = projection_of(CASE)(cv.per_example_gradients(CASE.model_fn, CASE.params, CASE.queries))
     other = {name: leaf + 1 for name, leaf in CASE.params.items()}
     with pytest.raises(ArgumentError, match="same checkpoint"):
-        index.scores(CASE.queries, CASE.model_fn, other)
+        index.scores(CASE.model_fn, other, CASE.queries)
     with pytest.raises(ArgumentError, match="need model_fn and params"):
         index.scores(CASE.queries)
     with pytest.raises(ArgumentError, match=r"blocks 0.weight, 2.weight, got 0.weight"):
@@ -215,7 +215,7 @@ def test_sizes_are_known_beforehand(tmp_path: Path, name: str, dtype: torch.dtyp
     size = cv.influence.estimate_size(projection, 7, dtype, shard_size=3)
     assert [file.name for file in files] == ["000000-3.safetensors", "000001-3.safetensors", "000002-1.safetensors"]
     assert sum(file.stat().st_size for file in files) == size
-    sketches = projection.per_example(case.model_fn, case.params, case.train)
+    sketches = projection(cv.per_example_gradients(case.model_fn, case.params, case.train))
     row = torch.cat([sketches[block.name].flatten(1) for block in index.blocks], 1)
     stored = torch.cat([safetensors.torch.load_file(file)["rows"] for file in files])
     assert stored.dtype == dtype
@@ -273,15 +273,15 @@ def test_exact_scores_put_what_is_recalled_in_order(tmp_path: Path) -> None:
 
     def reranked(k: int, recall: float) -> tuple[Tensor, Tensor]:
         asked.clear()
-        arguments = inverse, CASE.model_fn, CASE.params, CASE.queries, fetch
-        return cv.influence.rerank(index, k, *arguments, recall=recall, batch_size=5)
+        arguments = inverse, CASE.model_fn, CASE.params, CASE.queries
+        return cv.influence.rerank(index, *arguments, k=k, fetch=fetch, recall=recall, batch_size=5)
 
     values, numbers = reranked(4, 1.0)
     assert asked == list(range(30))
     assert_close(values, exact.topk(4).values)
     assert torch.equal(numbers, exact.topk(4).indices)
     values, numbers = reranked(2, 0.1)
-    recalled = index.top(3, CASE.queries, CASE.model_fn, CASE.params)[1].unique()
+    recalled = index.top(CASE.model_fn, CASE.params, CASE.queries, k=3)[1].unique()
     assert asked == recalled.tolist()
     assert_close(values, exact[:, recalled].topk(2).values)
     assert_close(exact.gather(1, numbers), values)

@@ -88,7 +88,7 @@ def test_a_finished_index_is_not_built_again(finished: Path) -> None:
 @pytest.mark.parametrize("first", [3, 8, 21, 24])
 def test_appending_gives_what_building_at_once_gives(tmp_path: Path, finished: Path, first: int) -> None:
     index = build(tmp_path / "index", CASE, part_of(DATA, 0, first))
-    sketches = projection_of(CASE).per_example(CASE.model_fn, CASE.params, CASE.queries)
+    sketches = projection_of(CASE)(cv.per_example_gradients(CASE.model_fn, CASE.params, CASE.queries))
     before = index.scores(sketches)
     with pytest.raises(StoppedError):
         build(tmp_path / "index", CASE, stopped_after(in_batches(DATA, *[1] * 29)), append=True)
@@ -177,7 +177,7 @@ def test_a_damaged_row_is_found_by_its_checksum(finished: Path, place: int) -> N
 def test_a_damaged_header_is_found_when_rows_are_read(finished: Path, place: int) -> None:
     flip(finished / "000000-8.safetensors", place)
     index = cv.influence.load(finished)
-    for action in (index.check, lambda: index.top(1, CASE.queries, CASE.model_fn, CASE.params)):
+    for action in (index.check, lambda: index.top(CASE.model_fn, CASE.params, CASE.queries, k=1)):
         with pytest.raises(FormatError, match=r"000000-8.safetensors"):
             action()
 

@@ -41,7 +41,7 @@ from tests.influence.influence_cases import in_batches
 CASE = small()
 DATA = examples(30)  # three shards of eight, and one of six
 PROJECTION = projection_of(CASE)
-SKETCHES = PROJECTION.per_example(CASE.model_fn, CASE.params, CASE.queries)
+SKETCHES = PROJECTION(cv.per_example_gradients(CASE.model_fn, CASE.params, CASE.queries))
 thorough = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -80,10 +80,10 @@ def restore(folder: Path, before: dict[str, bytes]) -> None:
 
 def answers(index: cv.influence.Index) -> list[Any]:
     """All that an index can be asked."""
-    found = index.top(3, SKETCHES)
+    found = index.top(SKETCHES, k=3)
     parts = index.scores(SKETCHES, by_block=True)
     assert isinstance(parts, dict)
-    data = index.scores(CASE.queries, CASE.model_fn, CASE.params)
+    data = index.scores(CASE.model_fn, CASE.params, CASE.queries)
     return [str(index), len(index), data, *found, *parts.values()]
 
 
@@ -220,7 +220,7 @@ def test_rows_are_verified_when_they_are_read_for_the_first_time_and_when_they_h
 
     index = cv.influence.load(finished)
     each = index.manifest.recipe.row_bytes
-    assert verified(lambda: index.top(2, SKETCHES)) == 30 * each
+    assert verified(lambda: index.top(SKETCHES, k=2)) == 30 * each
     assert verified(lambda: index.scores(SKETCHES)) == 0
     assert verified(lambda: copy.deepcopy(index).scores(SKETCHES)) == 0
     assert verified(lambda: cv.influence.load(finished).scores(SKETCHES, by_block=True)) == 30 * each
@@ -256,8 +256,8 @@ def test_a_projection_that_is_missing_is_said_to_be_and_written_again(finished: 
     assert index.scores(SKETCHES).shape == (4, 30)  # needs none
     for action in (
         lambda: index.projection,
-        lambda: index.scores(CASE.queries, CASE.model_fn, CASE.params),
-        lambda: index.top(1, CASE.queries, CASE.model_fn, CASE.params),
+        lambda: index.scores(CASE.model_fn, CASE.params, CASE.queries),
+        lambda: index.top(CASE.model_fn, CASE.params, CASE.queries, k=1),
         index.check,
         lambda: cv.influence.load(finished, verify=True),
     ):

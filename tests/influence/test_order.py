@@ -128,6 +128,10 @@ def test_examples_in_random_order_are_refused_where_they_are_told_apart(tmp_path
     data = cv.over(RANDOM[kind]())
     index = build(tmp_path / "index", CASE, DATA)
     model = CASE.model_fn, CASE.params
+
+    def fetch(numbers: Tensor) -> Any:
+        return DATA[0][numbers], DATA[1][numbers]
+
     actions: dict[str, Callable[[], Any]] = {
         "queries": lambda: scores(data, DATA),
         "train": lambda: scores(DATA, data),
@@ -136,10 +140,9 @@ def test_examples_in_random_order_are_refused_where_they_are_told_apart(tmp_path
         "self-influence": lambda: cv.influence.self_influence(INVERSE, *model, data),
         "build": lambda: build(tmp_path / "other", CASE, data),
         "append": lambda: build(tmp_path / "index", CASE, data, append=True),
-        "scores of an index": lambda: index.scores(data, *model),
-        "top of an index": lambda: index.top(2, data, *model),
-        "projections": lambda: index.projection.per_example(*model, data),
-        "rerank": lambda: cv.influence.rerank(index, 2, INVERSE, *model, data, lambda n: (DATA[0][n], DATA[1][n])),
+        "scores of an index": lambda: index.scores(*model, data),
+        "top of an index": lambda: index.top(*model, data, k=2),
+        "rerank": lambda: cv.influence.rerank(index, INVERSE, *model, data, k=2, fetch=fetch),
     }
     for name, action in actions.items():
         with pytest.raises(ArgumentError, match=r"in random order \(\w+\): use shuffle=False") as refusal:
@@ -168,4 +171,4 @@ def test_scores_are_in_the_order_of_the_data(tmp_path: Path, kind: str) -> None:
     assert_close(diagonal, scores(data, data).diagonal())
     projection = projection_of(CASE, rank=64)
     index = build(tmp_path / "index", CASE, data, projection, dtype=torch.float64)
-    assert_close(index.scores(DATA, CASE.model_fn, CASE.params), expected)
+    assert_close(index.scores(CASE.model_fn, CASE.params, DATA), expected)

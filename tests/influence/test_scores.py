@@ -120,7 +120,7 @@ def test_training_data_is_read_once_for_as_many_queries_as_fit(monkeypatch: pyte
 
     assert readings() == 1
     assert readings(query_batch=3) == 2
-    monkeypatch.setattr(preconditioning, "GRADIENTS_AT_ONCE", 1)
+    monkeypatch.setattr("curvlib.layers.rows.GRADIENTS_AT_ONCE", 1)
     assert readings() == 1
     monkeypatch.setattr(preconditioning, "HELD", 2 * cv.ravel(case.params).numel())
     assert readings() == 2

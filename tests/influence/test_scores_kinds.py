@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import curvlib as cv
 import curvlib.influence
 from curvlib.errors import CaptureError, CurvlibError
-from curvlib.gradients.per_example import example_gradients
+from curvlib.gradients.per_example import per_example_gradients
 from tests.influence.influence_cases import Batch, Case, assert_close, examples, generator, normal
 
 Params = dict[str, Tensor]
@@ -74,7 +74,7 @@ def check(case: Case) -> None:
     """Gradients of single examples, and scores from the identity and from curvatures."""
     gradients = one_at_a_time(case, case.queries), one_at_a_time(case, case.train)
     for batch, expected in zip((case.queries, case.train), gradients, strict=True):
-        found = example_gradients(case.model_fn, case.params, batch).tree()
+        found = per_example_gradients(case.model_fn, case.params, batch).tree()
         assert_close(torch.cat([found[name].flatten(1) for name in sorted(found)], 1), expected)
     every_answer(case, lambda v: v, gradients, None)
     for curv in (case.curvature(), case.curvature(cv.ekfac)):
