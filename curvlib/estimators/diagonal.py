@@ -22,6 +22,7 @@ from curvlib.estimators.factors import assemble
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
 from curvlib.gradients.data import Batch, DataSet
+from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Diagonal, Operator
@@ -40,7 +41,7 @@ def diagonal(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     engine: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Plans | None = None,
 ) -> BlockDiagonal:
     """The exact diagonal of the GGN or Fisher of the reduced objective, without Jacobians.
 

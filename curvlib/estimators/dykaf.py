@@ -34,7 +34,7 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import Statistics
 from curvlib.estimators.tracking import Flags, Rule, block_with, columns, identity, stepped
 from curvlib.gradients.data import Batch, DataSet
-from curvlib.gradients.plans import planned
+from curvlib.gradients.plans import Plans, planned
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.linalg.projector_splitting import Rearranged
 from curvlib.losses import CrossEntropy, Loss
@@ -80,7 +80,7 @@ class DyKAF:
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
         engine: str | None = None,
-        plan: Plan | None = None,
+        plan: Plan | Plans | None = None,
     ) -> BlockDiagonal:
         """Curvature of a model's objective, with the blocks of `kfac`: [W, b], the bias being the last column.
 
@@ -196,7 +196,7 @@ State = tuple[Tensor, Sequence[Tensor]]  # the scale, and the units of both side
 
 
 def of_examples(
-    model_fn: ModelFn, params: Tree, data: Batch | DataSet, options: Options, plan: Plan | None, rule: Rule
+    model_fn: ModelFn, params: Tree, data: Batch | DataSet, options: Options, plan: Plan | Plans | None, rule: Rule
 ) -> BlockDiagonal:
     """The curvature of per-example gradients: a step a batch towards their sum, which is divided at the end."""
     total: Statistics | None = None

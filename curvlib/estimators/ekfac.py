@@ -17,7 +17,6 @@ import torch
 
 from curvlib.arguments import check_model
 from curvlib.capture import Plan
-from curvlib.capture import plan as make_plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError, NotKroneckerError, naming
@@ -37,7 +36,7 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
 from curvlib.factors.axes import entrywise
 from curvlib.gradients.data import Batch, DataSet, batches, repeatable
-from curvlib.gradients.plans import require_examples
+from curvlib.gradients.plans import Plans, require_examples
 from curvlib.gradients.uses import curvature_dtype
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
@@ -70,7 +69,7 @@ def ekfac(
     elementwise: str = "diagonal",
     wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     engine: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Plans | None = None,
 ) -> BlockDiagonal:
     """Eigenvalue-corrected KFAC: `kfac`, then `eigenvalue_correct` on the same data with the same draws.
 
@@ -112,9 +111,8 @@ def ekfac(
     if not isinstance(batch, DataSet) and fisher != "type-2" and mc_samples == 1:
         options = Options(loss, fisher, sharing, mc_samples, elementwise, "sum", wide, engine)
         return corrected_in_one_pass(model_fn, params, batch, options, generator, plan, correction)
-    first = make_plan(model_fn, params, next(batches(batch))[0]) if plan is None else plan
-    require_examples(first)  # before the data is gone through
-    plan = plan if isinstance(batch, DataSet) else first
+    plan = Plans.of(plan)
+    require_examples(plan.fitting(model_fn, params, next(batches(batch))[0]))  # before the data is gone through
     again = None if generator is None else generator.clone_state()
     shared: dict[str, Any] = {"loss": loss, "fisher": fisher, "mc_samples": mc_samples, "engine": engine, "plan": plan}
     factors = kfac(
@@ -129,7 +127,7 @@ def corrected_in_one_pass(
     batch: Batch,
     options: Options,
     generator: torch.Generator | None,
-    plan: Plan | None,
+    plan: Plan | Plans | None,
     correction: str,
 ) -> BlockDiagonal:
     """EKFAC of one batch and one vector an example: rows and gradients of all layers are few enough to be held."""
@@ -175,7 +173,7 @@ def eigenvalue_correct(
     generator: torch.Generator | None = None,
     correction: str = "example",
     engine: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Plans | None = None,
 ) -> BlockDiagonal:
     """The EKFAC step for any Kronecker basis: eigenvalues from per-example gradients, eigenvectors from ``curv``.
 
@@ -246,7 +244,7 @@ def tkfac(
     elementwise: str = "diagonal",
     wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     engine: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Plans | None = None,
 ) -> BlockDiagonal:
     """Trace-restricted KFAC: L (x) R / tr L with L = E[D D^T], R = E[D^T D] for per-example gradients D.
 

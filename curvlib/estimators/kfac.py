@@ -23,6 +23,7 @@ from curvlib.estimators.factors import FactorCollector, assemble, kronecker_bloc
 from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
 from curvlib.gradients.data import Batch, DataSet
+from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Operator
@@ -43,7 +44,7 @@ def kfac(
     tied: str = "sum",
     wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
     engine: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Plans | None = None,
 ) -> BlockDiagonal:
     """Kronecker-factored curvature of a model's objective at ``params``.
 

@@ -54,6 +54,7 @@ from curvlib.estimators.options import Options
 from curvlib.factors.axes import entrywise
 from curvlib.factors.kl_shampoo import isotropic, mean_square, whitening, with_inverses
 from curvlib.gradients.data import Batch, DataSet
+from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledPower
@@ -93,7 +94,7 @@ class KLShampoo:
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
         engine: str | None = None,
-        plan: Plan | None = None,
+        plan: Plan | Plans | None = None,
     ) -> BlockDiagonal:
         """Curvature of a model's objective, with the blocks of `kfac`: [W, b], the bias being the last column.
 

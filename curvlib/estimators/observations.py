@@ -224,7 +224,7 @@ class Walks(Observations):
 
 
 def observe(
-    model_fn: ModelFn, params: Tree, batch: Batch | DataSet, options: Options, plan: Plan | None
+    model_fn: ModelFn, params: Tree, batch: Batch | DataSet, options: Options, plan: Plan | Plans | None
 ) -> Observations:
     """Per-example gradients of one batch or of a data set.
 

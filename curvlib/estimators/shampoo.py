@@ -44,6 +44,7 @@ from curvlib.estimators.options import Options
 from curvlib.estimators.statistics import measure_all
 from curvlib.factors.axes import unfolded
 from curvlib.gradients.data import Batch, DataSet
+from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Matrix, Operator, ScaledPower
@@ -81,7 +82,7 @@ class Shampoo:
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
         engine: str | None = None,
-        plan: Plan | None = None,
+        plan: Plan | Plans | None = None,
     ) -> BlockDiagonal:
         """Curvature of a model's objective, with the blocks of `kfac`: [W, b], the bias being the last column.
 

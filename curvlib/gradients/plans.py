@@ -36,8 +36,8 @@ class Plans:
         >>> batch, plans = (torch.randn(5, 3), torch.randn(5, 2)), Plans()
         >>> curv = cv.kfac(model_fn, params, batch, loss=cv.MSE(), plan=plans)
         >>> gradients = cv.per_example_gradients(model_fn, params, batch, loss=cv.MSE(), plan=plans)
-        >>> len(plans)
-        1
+        >>> plans  # for both
+        Plans(1)
     """
 
     def __init__(self, only: Plan | None = None) -> None:
@@ -49,11 +49,8 @@ class Plans:
         """What a function was given as ``plan=``."""
         return plan if isinstance(plan, Plans) else cls(plan)
 
-    def __len__(self) -> int:
-        return len(self.known)
-
     def __repr__(self) -> str:
-        return f"Plans({'one that is given' if self.only else len(self)})"
+        return f"Plans({len(self.known) if self.only is None else 'one that is given'})"
 
     def fitting(self, model_fn: ModelFn, params: Tree, inputs: Any) -> Plan:
         """The plan for inputs of these shapes.
