@@ -19,7 +19,8 @@ from curvlib.gradients.uses import Use, in_chunks
 from curvlib.layers.base import KroneckerLayer, Layer, positions_that_count, second_moment
 from curvlib.layers.rows import DenseRows, Rows, groups_first, sum_of_squares, summed
 from curvlib.layers.wide import Moment as WideMoment
-from curvlib.layers.wide import Wide
+from curvlib.layers.wide import Wide, nonnegative
+from curvlib.linalg.gram import gram
 from curvlib.linalg.row_space import row_space
 from curvlib.operators import LowRank, LowRankBasis
 from curvlib.operators.bases import Basis
@@ -42,7 +43,7 @@ class Moment(ABC):
         """The moment of a block that does not reach the outputs."""
 
 
-@dataclasses.dataclass(frozen=True)
+@register
 class Totals:
     """Moments that are added one by one."""
 
@@ -50,6 +51,9 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(tuple(starmap(plus, zip(self.tensors, other.tensors, strict=True))))
+
+    def __mul__(self, weight: float | Tensor) -> Totals:
+        return Totals(tuple(x * weight for x in self.tensors))
 
 
 def plus(a: Any, b: Any) -> Any:
@@ -110,15 +114,19 @@ class MomentCollector(Collector):
         return Totals(self.moment.zero(block, run.outputs.new_zeros((), dtype=self.now.dtype)))
 
 
-@dataclasses.dataclass(frozen=True)
+@register
 class FactorsAndUses:
-    """What one pass over one batch yields for a weight: the sums for its factors, and its uses, a list a stack."""
+    """What one pass yields for a weight: the sums for its factors, and its uses, a list for each stack of vectors."""
 
     factors: UseSums
     stacks: tuple[tuple[Use, ...], ...]
 
     def __add__(self, other: FactorsAndUses) -> FactorsAndUses:
         return FactorsAndUses(self.factors + other.factors, self.stacks + other.stacks)
+
+    def __mul__(self, weight: float | Tensor) -> FactorsAndUses:
+        stacks = tuple(tuple(use * weight for use in stack) for stack in self.stacks)
+        return FactorsAndUses(self.factors * weight, stacks)
 
 
 @register
@@ -133,8 +141,16 @@ class FewRows(WideMoment):
         width = rows.shape[-1]
         return width >= SMALLEST_SPANNED and 0 < 2 * rows.numel() <= width**2
 
-    def __add__(self, other: FewRows) -> FewRows:
-        return FewRows(torch.cat([self.rows, other.rows]))
+    def __add__(self, other: FewRows | Tensor) -> FewRows | Tensor:  # type: ignore[override]
+        if isinstance(other, Tensor):
+            return gram(self.rows) + other
+        rows = torch.cat([self.rows, other.rows])
+        return FewRows(rows) if self.suffice(rows) else gram(rows)
+
+    __radd__ = __add__
+
+    def __mul__(self, weight: float | Tensor) -> FewRows:
+        return FewRows(self.rows * nonnegative(weight) ** 0.5)
 
     def __truediv__(self, count: Tensor) -> FewRows:
         return FewRows(self.rows / count.sqrt())

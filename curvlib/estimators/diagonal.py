@@ -8,7 +8,8 @@ are never formed.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -16,49 +17,48 @@ from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
-from curvlib.estimators.correction import GradientSquares, MomentCollector
-from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import assemble
-from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import measure_all
+from curvlib.estimators.correction import GradientSquares, MomentCollector, Totals
+from curvlib.estimators.elementwise import LayerwiseOptions
+from curvlib.estimators.passes import measure_all
+from curvlib.estimators.statistics import Pass, Statistics, then_assemble
 from curvlib.gradients.data import Batch, DataSet
 from curvlib.gradients.plans import Plans
-from curvlib.layers.wide import WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Diagonal, Operator
-from curvlib.pytree import Domain, Tree
+from curvlib.operators import Diagonal
+from curvlib.pytree import Tree
 
 FISHERS = ("type-2", "mc", "empirical")
 
 
-def diagonal(
-    model_fn: ModelFn,
-    params: Tree,
-    batch: Batch | DataSet,
-    *,
-    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
-    fisher: str = "type-2",
-    mc_samples: int = 1,
-    generator: torch.Generator | None = None,
-    engine: str | None = None,
-    plan: Plan | Plans | None = None,
-) -> BlockDiagonal:
+@dataclasses.dataclass(frozen=True)
+class DiagonalOptions(LayerwiseOptions):
+    """The options of `diagonal`."""
+
+    estimator: ClassVar[str] = "cv.diagonal"
+
+    def __post_init__(self) -> None:
+        if self.fisher not in FISHERS:
+            raise ArgumentError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
+        super().__post_init__()
+
+    def collector(self, now: Pass) -> MomentCollector:
+        return MomentCollector(now, GradientSquares())
+
+    def product(self, block: Block, sums: Totals, statistics: Statistics, *, reuse: bool) -> Diagonal:
+        return Diagonal(sums.tensors[0] / statistics.divisor())
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactDiagonal:
     """The exact diagonal of the GGN or Fisher of the reduced objective, without Jacobians.
 
     Exact for every kind of layer, for weights shared by positions and for tied weights. It costs about as much as
     `kfac` with the same ``fisher``: ``type-2`` backpropagates one vector for each output element of an example.
 
     Args:
-        model_fn: pure function (params, inputs) -> outputs [N, ...].
-        params: pytree of floating-point tensors.
-        batch: (inputs, targets) with N examples, or a whole data set `over` a loader.
-        loss: the objective.
+        model_fn: as for `kfac`, as are the arguments not named here.
         fisher: ``type-2``: the diagonal of the GGN; ``mc``: of the Fisher with ``mc_samples`` drawn targets an
             example; ``empirical``: of the Fisher with the given targets.
-        mc_samples: draws an example for ``mc``.
-        generator: randomness for ``mc``; None means a fresh generator with seed 0.
-        engine: "functional" or "autograd"; None: functional under a `torch.func` transform or a trace, else autograd.
-        plan: the model's `plan`, if already made for inputs of these shapes.
 
     Returns:
         A `BlockDiagonal` of `Diagonal` blocks.
@@ -79,31 +79,25 @@ def diagonal(
         tensor([[4., 4., 4.],
                 [4., 4., 4.]])
     """
-    if fisher not in FISHERS:
-        raise ArgumentError(f"fisher must be one of {', '.join(FISHERS)}, got {fisher!r}")
-    options = Options(
-        loss=loss,
-        fisher=fisher,
-        sharing="expand",
-        mc_samples=mc_samples,
-        elementwise="diagonal",
-        tied="sum",
-        wide=WideDiagonal(),
-        engine=engine,
-    )
-    statistics = measure_all(
-        model_fn,
-        params,
-        batch,
-        options,
-        generator,
-        plan,
-        lambda now: (MomentCollector(now, GradientSquares()), ElementwiseCollector(now)),
-    )
 
-    def make(block: Block, sums: Any) -> Operator:
-        if not block.kronecker:
-            return elementwise_block(block, sums, statistics, options)
-        return Diagonal(sums.tensors[0] / statistics.divisor(options))
+    def measure(
+        self,
+        model_fn: ModelFn,
+        params: Tree,
+        batch: Batch | DataSet,
+        *,
+        loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+        fisher: str = "type-2",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        engine: str | None = None,
+        plan: Plan | Plans | None = None,
+    ) -> Statistics:
+        """What the curvature is made of; the arguments are those of the class."""
+        options = DiagonalOptions(loss, fisher, mc_samples=mc_samples, engine=engine)
+        return measure_all(model_fn, params, batch, options, generator, plan)
 
-    return assemble(statistics, Domain.of(params), make)
+    __call__ = then_assemble(measure)
+
+
+diagonal = ExactDiagonal()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,19 +25,17 @@ from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import naming
-from curvlib.estimators.elementwise import elementwise_block
-from curvlib.estimators.factors import assemble
+from curvlib.estimators.elementwise import ElementwiseOptions
 from curvlib.estimators.gradients import Number, begin, check_diagonal, places_of_leaves, step
 from curvlib.estimators.observations import Observations, Sandwiches, observe, of_objective, wide_sides
-from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import Statistics
+from curvlib.estimators.statistics import Options, Statistics, assemble
 from curvlib.estimators.tracking import Flags, Rule, block_with, columns, identity, stepped
 from curvlib.gradients.data import Batch, DataSet
 from curvlib.gradients.plans import Plans, planned
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.linalg.projector_splitting import Rearranged
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Operator
+from curvlib.operators import BlockDiagonal
 from curvlib.pytree import Domain, Tree, flatten
 
 
@@ -128,7 +125,7 @@ class DyKAF:
                 engine=engine,
                 plan=plan,
             )
-        options = Options(loss, "empirical", "expand", 1, elementwise, "sum", wide, engine)
+        options = ElementwiseOptions(loss, "empirical", elementwise=elementwise, wide=wide, engine=engine)
         return of_examples(model_fn, params, batch, options, plan, rule)
 
     def init(
@@ -207,19 +204,16 @@ def of_examples(
             with naming(name):
                 states[name] = after(states.get(name), observations, block, rule)
         seen = observations.statistics
-        sums = tuple(None if block.kronecker else x for block, x in zip(seen.blocks, seen.sums, strict=True))
+        sums = {block.name: seen.sums[block.name] for block in seen.blocks if not block.kronecker}
         seen = dataclasses.replace(seen, sums=sums)  # the rows are held no longer
         total = seen if total is None else total + seen
     assert total is not None
-    statistics = total
-
-    def make(block: Block, sums: Any) -> Operator:
-        if not block.kronecker:
-            return elementwise_block(block, sums, statistics, options)
-        scale, units = states[block.name]
-        return block_with(scale / statistics.divisor(options), units, wide_sides(block, options))
-
-    return assemble(statistics, Domain.of(params), make)
+    blocks = {block.name: block for block in total.blocks}
+    made = {
+        name: block_with(scale / total.divisor(), units, wide_sides(blocks[name], options))
+        for name, (scale, units) in states.items()
+    }
+    return assemble(total, made)
 
 
 def after(state: State | None, observations: Observations, block: Block, rule: Rule) -> State:

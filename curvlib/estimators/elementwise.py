@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
-from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import Collector, Pass, Statistics
+from curvlib.estimators.statistics import Collector, Options, Pass, Statistics
 from curvlib.layers.base import Layer, second_moment
 from curvlib.layers.elementwise import Elementwise
-from curvlib.layers.wide import Moment, as_side
+from curvlib.layers.wide import as_side
 from curvlib.linalg.gram import full_precision
-from curvlib.operators import Matrix
+from curvlib.operators import Operator
 
 
 class ElementwiseCollector(Collector):
@@ -84,7 +85,37 @@ class ElementwiseCollector(Collector):
         return block.layout.gather(leaves)
 
 
-def elementwise_block(block: Block, sums: Tensor | Moment, statistics: Statistics, options: Options) -> Matrix:
-    """One block of the curvature of the reduced objective."""
-    count = statistics.divisor(options)
-    return as_side(sums / (count * statistics.examples if options.fisher == "forward-only" else count), 0)
+@dataclasses.dataclass(frozen=True)
+class LayerwiseOptions(Options):
+    """Of estimators that measure the blocks of weights in their own way, and elementwise ones as they are here."""
+
+    @abstractmethod
+    def collector(self, now: Pass) -> Collector | None:
+        """The collector of the blocks of weights; None leaves them out."""
+
+    @abstractmethod
+    def product(self, block: Block, sums: Any, statistics: Statistics, *, reuse: bool) -> Operator:
+        """The block of a weight."""
+
+    def collectors(self, now: Pass) -> tuple[Collector | None, Collector | None]:
+        return self.collector(now), ElementwiseCollector(now)
+
+    def block(self, block: Block, statistics: Statistics, *, reuse: bool) -> Operator:
+        sums = statistics.sums[block.name]
+        if block.kronecker:
+            return self.product(block, sums, statistics, reuse=reuse)
+        count = statistics.divisor()
+        return as_side(sums / (count * statistics.examples if self.fisher == "forward-only" else count), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementwiseOptions(LayerwiseOptions):
+    """Of estimators that make the blocks of weights of something else than sums, and hand them to `assemble`."""
+
+    estimator: ClassVar[str] = "elementwise blocks"
+
+    def collector(self, now: Pass) -> None:
+        return None
+
+    def product(self, block: Block, sums: Any, statistics: Statistics, *, reuse: bool) -> Operator:
+        raise NotImplementedError(block.name)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlib.capture.aliases import tensors_in
 from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
-from curvlib.errors import ArgumentError, NonFiniteError, naming
-from curvlib.estimators.options import Options
+from curvlib.errors import ArgumentError
 from curvlib.estimators.statistics import Collector, Pass, Statistics
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import summed
 from curvlib.layers.wide import Moment, as_side
-from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import full_precision, writes_in_place
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_sum
 from curvlib.operators import (
-    BlockDiagonal,
     Dense,
     DenseBlocks,
     Diagonal,
@@ -34,10 +29,10 @@ from curvlib.operators import (
     Sum,
 )
 from curvlib.operators.block_side import diagonal_blocks
-from curvlib.pytree import Domain
+from curvlib.pytree import register
 
 
-@dataclasses.dataclass(frozen=True)
+@register
 class FactorSums:
     """One use of a weight: sum of a a^T, the number of rows in it, and sum of g g^T (None: forward-only)."""
 
@@ -49,8 +44,12 @@ class FactorSums:
         outputs = None if self.outputs is None else summed([self.outputs, other.outputs])
         return FactorSums(summed([self.inputs, other.inputs]), self.rows + other.rows, outputs)
 
+    def __mul__(self, weight: float | Tensor) -> FactorSums:
+        outputs = None if self.outputs is None else self.outputs * weight
+        return FactorSums(self.inputs * weight, self.rows * weight, outputs)
 
-@dataclasses.dataclass(frozen=True)
+
+@register
 class UseSums:
     """The sums of all uses of one weight."""
 
@@ -58,6 +57,9 @@ class UseSums:
 
     def __add__(self, other: UseSums) -> UseSums:
         return UseSums(tuple(a + b for a, b in zip(self.uses, other.uses, strict=True)))
+
+    def __mul__(self, weight: float | Tensor) -> UseSums:
+        return UseSums(tuple(use * weight for use in self.uses))
 
 
 class FactorCollector(Collector):
@@ -93,7 +95,7 @@ class FactorCollector(Collector):
 
     def use(self, placement: Placement, run: Pullback, kept: Any) -> FactorSums:
         """The sums of one use of a weight."""
-        inputs, rows, _ = kept
+        inputs, rows = kept[0].to(self.now.dtype), kept[1].to(self.now.dtype)
         if self.now.options.fisher == "forward-only":
             return FactorSums(inputs, rows, None)
         outputs = self.outputs.get(placement)
@@ -102,37 +104,24 @@ class FactorCollector(Collector):
             assert isinstance(layer, KroneckerLayer)
             *groups, width, _ = layer.weight.shape
             outputs = self.now.options.wide.zero(tuple(groups), width, run.outputs.new_zeros((), dtype=self.now.dtype))
-        return FactorSums(inputs.to(self.now.dtype), rows, outputs)
+        return FactorSums(inputs, rows, outputs)
 
 
-def assemble(statistics: Statistics, domain: Domain, make: Callable[[Block, Any], Operator]) -> BlockDiagonal:
-    """The operator whose blocks ``make`` makes of the summands.
-
-    Raises:
-        NonFiniteError: a block is not finite; names it.
-    """
-    blocks: dict[str, Operator] = {}
-    for block, sums in zip(statistics.blocks, statistics.sums, strict=True):
-        with naming(block.name):
-            blocks[block.name] = make(block, sums)
-            check_finite(blocks[block.name])
-    layouts = tuple((block.name, block.layout) for block in statistics.blocks)
-    return BlockDiagonal(blocks, layouts, domain)
-
-
-def kronecker_block(block: Block, sums: UseSums, statistics: Statistics, options: Options) -> Operator:
+def kronecker_block(block: Block, sums: UseSums, statistics: Statistics, *, reuse: bool) -> Operator:
     """G (x) A for the curvature of the reduced objective, summed over the uses of the weight."""
     uses = routed_together(block, sums.uses)
     one_orientation = not any(placement.transposed for placement in block.placements)
-    if options.tied == "merge" and one_orientation:
+    merge = statistics.options.tied == "merge"
+    if merge and one_orientation:
         uses = {block.placements[0]: summed(list(uses.values()))}
     groups = len(block.layout.shape) - 2
     terms: list[Kronecker] = []
     for placement, use in uses.items():
-        inputs = as_side(divide(use.inputs, use.rows.clamp(min=1)), groups)
-        outputs = output_side(block, placement, use, statistics.divisor(options))
+        rows = torch.where(use.rows > 0, use.rows, torch.ones_like(use.rows))
+        inputs = as_side(divide(use.inputs, rows, reuse=reuse), groups)
+        outputs = output_side(block, placement, use, statistics.divisor(), reuse=reuse)
         terms.append(Kronecker(inputs, outputs) if placement.transposed else Kronecker(outputs, inputs))
-    if len(terms) > 1 and options.tied == "merge":
+    if len(terms) > 1 and merge:
         return merged(terms)
     return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
@@ -198,26 +187,16 @@ def added(sides: Sequence[Matrix]) -> Matrix:
     return Dense(summed([side.matrices() for side in sides]))
 
 
-def divide(moment: Tensor | Moment, count: Tensor) -> Tensor | Moment:
-    """Sums over the data to means; the sums are not needed any more, and their memory is used again where possible."""
-    if isinstance(moment, Tensor) and writes_in_place(moment) and moment.is_floating_point():
+def divide(moment: Tensor | Moment, count: Tensor, *, reuse: bool) -> Tensor | Moment:
+    """Sums over the data to means; if the sums are not needed any more, in their memory where possible."""
+    if reuse and isinstance(moment, Tensor) and writes_in_place(moment) and moment.is_floating_point():
         return moment.div_(count)
     return moment / count
 
 
-def output_side(block: Block, placement: Placement, use: FactorSums, divisor: Tensor) -> Matrix:
+def output_side(block: Block, placement: Placement, use: FactorSums, divisor: Tensor, *, reuse: bool) -> Matrix:
     """G: the normalized second moment of the output gradients, or the identity for forward-only."""
     *groups, rows, columns = block.layout.shape
     if use.outputs is not None:
-        return as_side(divide(use.outputs, divisor), len(groups))
+        return as_side(divide(use.outputs, divisor, reuse=reuse), len(groups))
     return ScaledIdentity(1 / divisor, (columns if placement.transposed else rows,))
-
-
-def check_finite(block: Operator) -> None:
-    """Refuses a block with an infinite or undefined entry, where its values may be looked at."""
-    for tensor in tensors_in(block):
-        if may_look_at(tensor) and not torch.isfinite(tensor.sum()):
-            raise NonFiniteError(
-                "the factor is not finite: the inputs, the parameters or the outputs contain inf or nan, or no "
-                "target counts"
-            )

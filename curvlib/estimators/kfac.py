@@ -11,41 +11,41 @@ loss's normalizer c (1 for sums). Scaling as in "KFAC from scratch" (Dangel et a
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import ClassVar
 
 import torch
 
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
-from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import FactorCollector, assemble, kronecker_block
-from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import measure_all
+from curvlib.estimators.elementwise import LayerwiseOptions
+from curvlib.estimators.factors import FactorCollector, UseSums, kronecker_block
+from curvlib.estimators.passes import measure_all
+from curvlib.estimators.statistics import Pass, Statistics, then_assemble
 from curvlib.gradients.data import Batch, DataSet
 from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Operator
-from curvlib.pytree import Domain, Tree
+from curvlib.operators import Operator
+from curvlib.pytree import Tree
 
 
-def kfac(
-    model_fn: ModelFn,
-    params: Tree,
-    batch: Batch | DataSet,
-    *,
-    loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
-    fisher: str = "mc",
-    sharing: str = "expand",
-    mc_samples: int = 1,
-    generator: torch.Generator | None = None,
-    elementwise: str = "diagonal",
-    tied: str = "sum",
-    wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
-    engine: str | None = None,
-    plan: Plan | Plans | None = None,
-) -> BlockDiagonal:
+@dataclasses.dataclass(frozen=True)
+class KFACOptions(LayerwiseOptions):
+    """The options of `kfac`."""
+
+    estimator: ClassVar[str] = "cv.kfac"
+
+    def collector(self, now: Pass) -> FactorCollector:
+        return FactorCollector(now)
+
+    def product(self, block: Block, sums: UseSums, statistics: Statistics, *, reuse: bool) -> Operator:
+        return kronecker_block(block, sums, statistics, reuse=reuse)
+
+
+@dataclasses.dataclass(frozen=True)
+class KFAC:
     """Kronecker-factored curvature of a model's objective at ``params``.
 
     One block a weight, G (x) A on the matrix [W, b]: A [d_in (+ 1), d_in (+ 1)] from the layer's inputs, G
@@ -93,12 +93,29 @@ def kfac(
         (torch.Size([2, 2]), torch.Size([4, 4]))
         >>> step = curv.inverse(1e-3) @ params
     """
-    options = Options(loss, fisher, sharing, mc_samples, elementwise, tied, wide, engine)
-    statistics = measure_all(
-        model_fn, params, batch, options, generator, plan, lambda now: (FactorCollector(now), ElementwiseCollector(now))
-    )
 
-    def make(block: Block, sums: Any) -> Operator:
-        return (kronecker_block if block.kronecker else elementwise_block)(block, sums, statistics, options)
+    def measure(
+        self,
+        model_fn: ModelFn,
+        params: Tree,
+        batch: Batch | DataSet,
+        *,
+        loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+        fisher: str = "mc",
+        sharing: str = "expand",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        elementwise: str = "diagonal",
+        tied: str = "sum",
+        wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
+        engine: str | None = None,
+        plan: Plan | Plans | None = None,
+    ) -> Statistics:
+        """What the curvature is made of; the arguments are those of the class."""
+        options = KFACOptions(loss, fisher, sharing, mc_samples, elementwise, tied, wide, engine)
+        return measure_all(model_fn, params, batch, options, generator, plan)
 
-    return assemble(statistics, Domain.of(params), make)
+    __call__ = then_assemble(measure)
+
+
+kfac = KFAC()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +29,8 @@ from torch import Tensor
 from curvlib.arguments import check_grads
 from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
-from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
-from curvlib.estimators.elementwise import elementwise_block
-from curvlib.estimators.factors import assemble
+from curvlib.estimators.elementwise import ElementwiseOptions
 from curvlib.estimators.gradients import (
     Number,
     begin,
@@ -50,14 +47,14 @@ from curvlib.estimators.gradients import (
     wide_axes,
 )
 from curvlib.estimators.observations import Observations, observe, of_objective, wide_sides
-from curvlib.estimators.options import Options
+from curvlib.estimators.statistics import assemble
 from curvlib.factors.axes import entrywise
 from curvlib.factors.kl_shampoo import isotropic, mean_square, whitening, with_inverses
 from curvlib.gradients.data import Batch, DataSet
 from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import Wide, WideDiagonal
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, Operator, ScaledPower
+from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Matrix, ScaledPower
 from curvlib.pytree import Domain, Tree, flatten
 
 
@@ -141,17 +138,10 @@ class KLShampoo:
             )
         if sweeps < 1:
             raise ArgumentError(f"sweeps must be at least 1, got {sweeps}")
-        options = Options(loss, "empirical", "expand", 1, elementwise, "sum", wide, engine)
+        options = ElementwiseOptions(loss, "empirical", elementwise=elementwise, wide=wide, engine=engine)
         observations = observe(model_fn, params, batch, options, plan)
         factors = likeliest(observations, sweeps)
-        statistics = observations.statistics
-
-        def make(block: Block, sums: Any) -> Operator:
-            if not block.kronecker:
-                return elementwise_block(block, sums, statistics, options)
-            return block_with(factors[block.name])
-
-        return assemble(statistics, Domain.of(params), make)
+        return assemble(observations.statistics, {name: block_with(pair) for name, pair in factors.items()})
 
     def init(
         self,

@@ -20,10 +20,9 @@ from curvlib.capture.plan import Block, Placement
 from curvlib.errors import naming
 from curvlib.estimators.correction import GradientSquares, Moment, MomentCollector
 from curvlib.estimators.elementwise import ElementwiseCollector
-from curvlib.estimators.factors import check_finite
 from curvlib.estimators.gradients import Advance, Place, Start, begin, step
-from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import Collector, Pass, Statistics, measure_all
+from curvlib.estimators.passes import measure_all
+from curvlib.estimators.statistics import Collector, Options, Pass, Statistics, check_finite
 from curvlib.gradients.data import Batch, DataSet, batches, repeatable
 from curvlib.gradients.objective import objective_gradient
 from curvlib.gradients.plans import Plans
@@ -181,12 +180,12 @@ class Observations(ABC):
     def mean_squares(self) -> dict[str, Tensor]:
         """The mean over all entries of E[D o D], [*groups] by block."""
         squares = self.moments(GradientSquares(), list(self.blocks))
-        divisor = self.statistics.divisor(self.options)
+        divisor = self.statistics.divisor()
         return {name: x.mean((-2, -1)) / divisor for name, x in squares.items()}
 
     def sandwiches(self, side: int, middles: Mapping[str, Tensor], *, factored: bool) -> dict[str, Tensor]:
         """E[D X D^T] (side 0) or E[D^T X D] (side 1) by block, see `Sandwiches`."""
-        divisor = self.statistics.divisor(self.options)
+        divisor = self.statistics.divisor()
         found = self.moments(Sandwiches(side, middles, self.options, factored), list(middles))
         return {name: x / divisor for name, x in found.items()}
 
@@ -200,7 +199,7 @@ class OneBatch(Observations):
 
     def moments(self, moment: Moment, names: Sequence[str]) -> dict[str, Tensor]:
         result = {}
-        sums = dict(zip([block.name for block in self.statistics.blocks], self.statistics.sums, strict=True))
+        sums = self.statistics.sums
         for name in names:
             with naming(name):
                 parts = [moment.of(self.blocks[name], uses)[0] for uses in sums[name].stacks]
@@ -219,8 +218,7 @@ class Walks(Observations):
 
     def moments(self, moment: Moment, names: Sequence[str]) -> dict[str, Tensor]:
         found = self.walk(moment)
-        named = zip(found.blocks, found.sums, strict=True)
-        return {block.name: sums.tensors[0] for block, sums in named if block.name in names}
+        return {name: found.sums[name].tensors[0] for name in names}
 
 
 def observe(
@@ -233,9 +231,7 @@ def observe(
     """
     repeatable(batch)
     if isinstance(batch, DataSet):
-        elementwise = measure_all(
-            model_fn, params, batch, options, None, plan, lambda now: (None, ElementwiseCollector(now))
-        )
+        elementwise = measure_all(model_fn, params, batch, options, None, plan)
 
         def walk(moment: Moment) -> Statistics:
             return measure_all(

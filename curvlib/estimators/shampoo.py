@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from curvlib.capture import Plan
 from curvlib.capture.engines import ModelFn
 from curvlib.capture.plan import Block
 from curvlib.errors import ArgumentError
-from curvlib.estimators.correction import MomentCollector, TraceMoments
-from curvlib.estimators.elementwise import ElementwiseCollector, elementwise_block
-from curvlib.estimators.factors import assemble
+from curvlib.estimators.correction import MomentCollector, Totals, TraceMoments
+from curvlib.estimators.elementwise import LayerwiseOptions
 from curvlib.estimators.gradients import (
     Number,
     advanced,
@@ -40,14 +39,14 @@ from curvlib.estimators.gradients import (
     weights,
 )
 from curvlib.estimators.observations import of_objective
-from curvlib.estimators.options import Options
-from curvlib.estimators.statistics import measure_all
+from curvlib.estimators.passes import measure_all
+from curvlib.estimators.statistics import Pass, Statistics, assemble
 from curvlib.factors.axes import unfolded
 from curvlib.gradients.data import Batch, DataSet
 from curvlib.gradients.plans import Plans
 from curvlib.layers.wide import Wide, WideDiagonal, as_side
 from curvlib.losses import CrossEntropy, Loss
-from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Matrix, Operator, ScaledPower
+from curvlib.operators import BlockDiagonal, Dense, Diagonal, Kronecker, LowRank, Matrix, ScaledPower
 from curvlib.pytree import Domain, Tree, flatten
 
 
@@ -109,39 +108,39 @@ class Shampoo:
             TargetError: the targets do not fit the loss.
             NonFiniteError: a factor is not finite; names its block.
         """
+        given: dict[str, Any] = {"elementwise": elementwise, "wide": wide, "engine": engine, "plan": plan}
+        if per_example:
+            found = self.measure(model_fn, params, batch, loss=loss, per_example=True, squared=squared, **given)
+            return assemble(found, reuse=True)
         rule = Rule(squared)
+        return of_objective(model_fn, params, batch, rule.start, rule.advance, loss=loss, **given)
+
+    def measure(
+        self,
+        model_fn: ModelFn,
+        params: Tree,
+        batch: Batch | DataSet,
+        *,
+        loss: Loss = CrossEntropy(),  # noqa: B008 (immutable)
+        per_example: bool = False,
+        squared: bool = False,
+        elementwise: str = "diagonal",
+        wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
+        engine: str | None = None,
+        plan: Plan | None = None,
+    ) -> Statistics:
+        """What the curvature is made of; the arguments are those of `Shampoo.__call__`.
+
+        Raises:
+            ArgumentError: ``per_example`` is False: one gradient after the other makes a curvature that is no sum.
+        """
         if not per_example:
-            return of_objective(
-                model_fn,
-                params,
-                batch,
-                rule.start,
-                rule.advance,
-                loss=loss,
-                elementwise=elementwise,
-                wide=wide,
-                engine=engine,
-                plan=plan,
+            raise ArgumentError(
+                "only the gradients of single examples make sums, which cv.shampoo.measure(..., per_example=True) "
+                "gives; from gradients of batches write cv.shampoo.init and cv.shampoo.update"
             )
-        options = Options(loss, "empirical", "expand", 1, elementwise, "sum", wide, engine)
-        statistics = measure_all(
-            model_fn,
-            params,
-            batch,
-            options,
-            None,
-            plan,
-            lambda now: (MomentCollector(now, TraceMoments(wide)), ElementwiseCollector(now)),
-        )
-
-        def make(block: Block, sums: Any) -> Operator:
-            if not block.kronecker:
-                return elementwise_block(block, sums, statistics, options)
-            groups = len(block.layout.shape) - 2
-            sides = [as_side(moment / statistics.divisor(options), groups) for moment in sums.tensors]
-            return rule.of([whole(side, wide) for side in sides])
-
-        return assemble(statistics, Domain.of(params), make)
+        options = ShampooOptions(loss, "empirical", elementwise=elementwise, wide=wide, engine=engine, squared=squared)
+        return measure_all(model_fn, params, batch, options, None, plan)
 
     def init(
         self,
@@ -253,6 +252,23 @@ class Rule:
         traces = torch.stack(list(torch.broadcast_tensors(*(base.traces() for base in bases))))
         total = torch.stack([scale * trace for scale, trace in zip(scales, traces, strict=True)]).prod(0)
         return [torch.where(trace > 0, total / trace, torch.ones_like(trace)) for trace in traces]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShampooOptions(LayerwiseOptions):
+    """The options of `shampoo` for each example."""
+
+    estimator: ClassVar[str] = "cv.shampoo"
+
+    squared: bool = False
+
+    def collector(self, now: Pass) -> MomentCollector:
+        return MomentCollector(now, TraceMoments(self.wide))
+
+    def product(self, block: Block, sums: Totals, statistics: Statistics, *, reuse: bool) -> Kronecker:
+        groups = len(block.layout.shape) - 2
+        sides = [as_side(moment / statistics.divisor(), groups) for moment in sums.tensors]
+        return Rule(self.squared).of([whole(side, self.wide) for side in sides])
 
 
 def whole(factor: Matrix, wide: Wide) -> Matrix:

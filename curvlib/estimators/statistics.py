@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import warnings
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, ParamSpec, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from curvlib.arguments import check_model
-from curvlib.capture import Plan, execute
-from curvlib.capture.aliases import parameters
-from curvlib.capture.engines import ModelFn, Pullback, examples_in
-from curvlib.capture.plan import Block, Placement, Site
-from curvlib.errors import CaptureError, naming
-from curvlib.estimators.options import Options
-from curvlib.gradients.data import Batch, DataSet, batches
-from curvlib.gradients.plans import Plans, require_examples, scattered_rows
-from curvlib.gradients.uses import as_wide_as, curvature_dtype
-from curvlib.layers.base import KroneckerLayer, Layer
-from curvlib.linalg.eager import differentiable, may_look_at, ordinary
-from curvlib.linalg.gram import full_precision
-from curvlib.losses.base import check_device
-from curvlib.pytree import Tree, flatten
+from curvlib.capture import Plan
+from curvlib.capture.aliases import tensors_in
+from curvlib.capture.engines import Pullback
+from curvlib.capture.plan import Block, Placement
+from curvlib.errors import ArgumentError, CaptureError, NonFiniteError, naming
+from curvlib.layers.base import Layer
+from curvlib.layers.wide import Wide, WideDiagonal
+from curvlib.linalg.eager import is_eager, may_look_at
+from curvlib.losses import Loss, check_loss
+from curvlib.operators import BlockDiagonal, Operator
+from curvlib.pytree import Domain, flatten, register, static
+
+FISHERS = ("type-2", "mc", "empirical", "forward-only")
 
 
-class Summand(Protocol):
-    """What a block's measurements are: something that can be added over batches."""
+@dataclasses.dataclass(frozen=True)
+class Options(ABC):
+    """What an estimator was asked for; it makes the collectors that measure, and the blocks of what they measured.
 
-    def __add__(self, other: Self, /) -> Self:
-        """The sum over both batches."""
+    Attributes: as for `kfac`. The engine makes no difference to what is measured.
+    """
+
+    estimator: ClassVar[str]
+
+    loss: Loss
+    fisher: str = "mc"
+    sharing: str = "expand"
+    mc_samples: int = 1
+    elementwise: str = "diagonal"
+    tied: str = "sum"
+    wide: Wide = WideDiagonal()  # noqa: RUF009 (immutable)
+    engine: str | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        allowed = {
+            "fisher": FISHERS,
+            "sharing": ("expand", "reduce"),
+            "elementwise": ("diagonal", "dense"),
+            "tied": ("sum", "merge"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ArgumentError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if (self.elementwise, self.fisher) == ("dense", "forward-only"):
+            raise ArgumentError("elementwise='dense' needs backpropagated vectors; fisher='forward-only' has none")
+        if self.mc_samples < 1:
+            raise ArgumentError(f"mc_samples must be at least 1, got {self.mc_samples}")
+
+    @abstractmethod
+    def collectors(self, now: Pass) -> tuple[Collector | None, Collector | None]:
+        """The collectors of Kronecker and of elementwise blocks; None leaves such blocks out."""
+
+    @abstractmethod
+    def block(self, block: Block, statistics: Statistics, *, reuse: bool) -> Operator:
+        """A block of the curvature of the reduced objective; ``reuse``: the memory of the sums is free."""
+
+
+Collectors = Callable[["Pass"], "tuple[Collector | None, Collector | None]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +82,14 @@ class Pass:
     examples: int
     mask: Tensor | None
     dtype: torch.dtype
+    basis: dict[str, Any] | None = None
+
+
+class Summand(Protocol):
+    """What is measured for a block: a registered pytree that adds up over batches, and can be times a number."""
+
+    def __add__(self, other: Self, /) -> Self:
+        """The sum over both batches."""
 
 
 class Collector(ABC):
@@ -69,224 +114,197 @@ class Collector(ABC):
         """The summand of a block, once everything has been pulled back."""
 
 
-@dataclasses.dataclass(frozen=True)
+@register
 class Statistics:
-    """Summands over the examples seen so far, by block (None: not measured).
+    """What an estimator measured: sums over examples, of which a curvature is made.
+
+    Statistics add up over batches, ``sum([a, b])`` being those of both together, whatever their sizes. A number times
+    statistics is what a batch of that weight holds; the number of examples is weighted alike, so that a moving average
+    ``0.95 * a + 0.05 * b`` from nothing has no bias to correct for a mean loss. They are pytrees, may be saved and
+    loaded, and reduced over devices tensor by tensor, but for the nonlinear sums of `WideLowRank` and of `ekfac` in
+    one pass.
 
     Attributes:
+        sums: by the name of a block that was measured.
+        normalizer: what the loss's mean divides by, or for forward-only the number of its terms; 0-d, added up.
+        examples: N, 0-d.
+        basis: for an estimator that measures in a given basis: by block, what was given.
         blocks: the blocks of the plan.
-        sums: a summand each.
-        normalizer: what the loss's mean divides by, or for forward-only the number of its terms; added up.
-        examples: N.
+        domain: structure, names and shapes of the parameters.
+        options: what the estimator was asked for.
+
+    Example:
+        >>> import torch, curvlib as cv
+        >>> model_fn, params = cv.functional(torch.nn.Linear(3, 2))
+        >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+        >>> parts = [cv.kfac.measure(model_fn, params, (x[i], y[i]), fisher="type-2") for i in ([0, 1], [2, 3, 4])]
+        >>> curv, joint = sum(parts).curvature(), cv.kfac(model_fn, params, (x, y), fisher="type-2")
+        >>> torch.allclose(curv.to_dense(), joint.to_dense())
+        True
+        >>> parts[0]
+        Statistics of cv.kfac: 92 bytes
+        block   sums     shapes              dtype
+        weight  UseSums  [4, 4], [], [2, 2]  float32
     """
 
-    blocks: tuple[Block, ...]
-    sums: tuple[Any, ...]
+    sums: dict[str, Any]
     normalizer: Tensor
-    examples: int
+    examples: Tensor
+    basis: dict[str, Any] | None
+    blocks: tuple[Block, ...] = static()
+    domain: Domain = static()
+    options: Options = static()
 
-    def __add__(self, other: Statistics) -> Statistics:
-        if self.blocks != other.blocks:
-            raise CaptureError(
-                "the batches of a data set do not use the parameters in the same way; their plans differ"
-            )
-        return Statistics(
-            self.blocks,
-            tuple(None if a is None else a + b for a, b in zip(self.sums, other.sums, strict=True)),
-            self.normalizer + other.normalizer,
-            self.examples + other.examples,
-        )
+    def curvature(self) -> BlockDiagonal:
+        """The curvature that the estimator makes of the sums.
 
-    def divisor(self, options: Options) -> Tensor:
+        Raises:
+            NonFiniteError: a block is not finite; names it.
+        """
+        return assemble(self)
+
+    def divisor(self) -> Tensor:
         """What sums over backpropagated vectors are divided by for the curvature of the reduced objective.
 
         With G = I (forward-only), a mean needs no division, and a sum is as many means as the loss has terms.
         """
         one = torch.ones_like(self.normalizer)
-        if options.fisher == "forward-only":
-            return one if options.loss.reduction == "mean" else 1 / self.normalizer
-        return one if options.loss.reduction == "sum" else self.normalizer
+        if self.options.fisher == "forward-only":
+            return one if self.options.loss.reduction == "mean" else 1 / self.normalizer
+        return one if self.options.loss.reduction == "sum" else self.normalizer
 
+    def __add__(self, other: Statistics) -> Statistics:
+        """Those of the examples of both.
 
-Collectors = Callable[[Pass], "tuple[Collector | None, Collector | None]"]
-
-
-@differentiable()
-def measure(
-    plan: Plan,
-    model_fn: ModelFn,
-    params: Tree,
-    batch: Batch,
-    options: Options,
-    generator: torch.Generator | None,
-    collectors: Collectors,
-) -> Statistics:
-    """Runs the model once on a batch and sums what its layers saw.
-
-    Args:
-        plan: the model's plan.
-        model_fn: pure function (params, inputs) -> outputs.
-        params: pytree of tensors.
-        batch: (inputs, targets).
-        options: which vectors are backpropagated, and more.
-        generator: randomness for ``mc``.
-        collectors: makes the collectors of Kronecker and of elementwise blocks; None leaves such blocks out.
-    """
-    params, (inputs, targets) = ordinary((params, batch))
-    loss, examples = options.loss, examples_in(inputs)
-    expected = torch.empty(plan.output_shape(examples), device="meta")
-    loss.check(expected, targets)
-    mask = loss.mask(expected, targets)
-    if mask is not None and (plan.routes or may_look_at(mask)) and mask.all():  # choosing rows waits for a device too
-        mask = None
-    check_routing(plan, options, mask)
-    dtype = curvature_dtype(params)
-    kronecker, elementwise = collectors(Pass(plan, options, examples, mask, dtype))
-    single = [collector.needs_examples for collector in (kronecker, elementwise) if collector is not None]
-    check_examples(plan, options, mask, needed=single[0])
-    chosen = {
-        (p.site, p.layer): (p, kronecker if block.kronecker else elementwise)
-        for block in plan.blocks
-        for p in block.placements
-    }
-
-    missing = {number for number, site in enumerate(plan.sites) if site.chosen is not None}
-
-    def record(number: int, operand: Tensor | None, z: Tensor) -> list[Any]:
-        missing.discard(number)
-        operand, z = None if operand is None else as_wide_as(dtype, operand), as_wide_as(dtype, z)
-        kept: list[Any] = []
-        for index, layer in enumerate(plan.sites[number].layers):
-            placement, collector = chosen[number, index]
-            kept.append(None if collector is None else collector.record(placement, layer, operand, z))
-        return kept
-
-    def consume(number: int, kept: Any, g: Tensor) -> None:
-        for index, layer in enumerate(plan.sites[number].layers):
-            placement, collector = chosen[number, index]
-            if collector is not None:
-                with blamed(plan, number):
-                    collector.consume(placement, layer, kept[index], full_precision(as_wide_as(dtype, g)))
-
-    try:
-        run = execute(plan, model_fn, params, inputs, record, options.engine)
-    except RuntimeError:
-        check_device(targets, flatten(params)[0][0].device)  # a mask made of them meets what layers read
-        raise
-    check_device(targets, run.outputs.device)
-    for number in sorted(missing):
-        run.kept[number] = record(number, *no_rows(plan.sites[number], run.outputs.device))
-    if options.fisher != "forward-only":
-        run.pull(vectors(run, targets, options, generator), consume)
-    count = loss.positions if options.fisher == "forward-only" else loss.normalizer
-    found = [(block, kronecker if block.kronecker else elementwise) for block in plan.blocks]
-    sums = tuple(None if collector is None else collector.sums(block, run) for block, collector in found)
-    return Statistics(plan.blocks, sums, count(run.outputs, targets).to(dtype), examples)
-
-
-def check_examples(plan: Plan, options: Options, mask: Tensor | None, *, needed: bool) -> None:
-    """Refuses what needs the rows or the gradients of single examples, where there are none.
-
-    Raises:
-        CaptureError: examples depend on each other, or their rows do not lie together.
-    """
-    if needed:
-        require_examples(plan)
-    for site in plan.sites:
-        ordered = mask is not None or options.sharing == "reduce"
-        if site.scattered and (ordered or not all(isinstance(layer, KroneckerLayer) for layer in site.layers)):
-            raise scattered_rows(plan, site)
-
-
-def warn_of_mixing(plan: Plan) -> None:
-    """Says what curvature means whose estimator needs no single examples, where examples depend on each other."""
-    if plan.mixed is not None:
-        warnings.warn(
-            f"examples depend on each other: {plan.mixed}. The output gradient of an example's row is that of the "
-            "whole batch's loss, other examples' terms included",
-            stacklevel=4,
+        Raises:
+            ArgumentError: the estimators, their options or their bases differ.
+            CaptureError: the models do not use the same parameters in the same way.
+        """
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        check_one_kind(self, other)
+        return dataclasses.replace(
+            self,
+            sums={name: mine + other.sums[name] for name, mine in self.sums.items()},
+            normalizer=self.normalizer + other.normalizer,
+            examples=self.examples + other.examples,
         )
 
+    def __radd__(self, other: int) -> Statistics:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # what `sum` begins with
 
-def check_routing(plan: Plan, options: Options, mask: Tensor | None) -> None:
-    """Refuses what needs to know which example the rows belong to that a model chooses by values."""
-    for site in plan.sites:
-        leaves = dict.fromkeys(region.leaf for layer in site.layers for region in layer.regions)
-        names = parameters(plan.domain, leaves)
-        if site.chosen is None:
-            continue
-        if mask is not None:
-            raise CaptureError(
-                f"{names}: rows of call {site.ordinal}, {site.call}, are chosen by values, and which of them belong to "
-                "targets that are ignored is not known: leave out those examples, or close over the parameter"
+    def __mul__(self, weight: float | Tensor) -> Statistics:
+        """Those of examples of this weight.
+
+        Raises:
+            ArgumentError: no number or 0-d tensor; or a negative one, and what was measured is kept as rows or pairs.
+        """
+        if not isinstance(weight, (int, float, Tensor)) or (isinstance(weight, Tensor) and weight.ndim):
+            raise ArgumentError("statistics can be multiplied by a number or a 0-d tensor only")
+        weight = weight.to(self.normalizer) if isinstance(weight, Tensor) else weight
+        return dataclasses.replace(
+            self,
+            sums={name: mine * weight for name, mine in self.sums.items()},
+            normalizer=self.normalizer * weight,
+            examples=self.examples * weight,
+        )
+
+    def __rmul__(self, weight: float | Tensor) -> Statistics:
+        return self * weight
+
+    def __sub__(self, other: Statistics) -> Statistics:
+        return self + -1 * other
+
+    def __repr__(self) -> str:
+        rows = [("block", "sums", "shapes", "dtype")]
+        for name, sums in self.sums.items():
+            tensors = flatten(sums)[0]
+            shapes = ", ".join(str(list(x.shape)) for x in tensors)
+            dtypes = dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in tensors)
+            rows.append((name, type(sums).__name__, shapes, ", ".join(dtypes)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        size = sum(x.numel() * x.element_size() for x in flatten(self)[0])
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join([f"Statistics of {self.options.estimator}: {size:,} bytes", *lines])
+
+
+def check_one_kind(a: Statistics, b: Statistics) -> None:
+    """Refuses to add what is not the same sum, over other examples."""
+    mine, others = a.options, b.options
+    if type(mine) is not type(others):
+        raise ArgumentError(
+            f"statistics of different estimators, {mine.estimator} and {others.estimator}, cannot be added"
+        )
+    for field in dataclasses.fields(mine):
+        one, two = getattr(mine, field.name), getattr(others, field.name)
+        if field.compare and one != two:
+            raise ArgumentError(
+                f"statistics of {mine.estimator} with different options cannot be added: {field.name} is {one!r} in "
+                f"one, and {two!r} in the other"
             )
-        if options.sharing == "reduce" and site.chosen.loose:
-            raise CaptureError(
-                f"{names}: rows of call {site.ordinal}, {site.call}, are chosen by values, and which of them belong to "
-                "one example is not known, as sharing='reduce' needs: use sharing='expand'"
-            )
-        if options.fisher == "forward-only" and not all(isinstance(x, KroneckerLayer) for x in site.layers):
-            raise CaptureError(
-                f"{names} in call {site.ordinal}, {site.call}: fisher='forward-only' is not defined for a scale or "
-                "shift of rows that are chosen by values: use another fisher"
-            )
+    if a.blocks != b.blocks or a.domain != b.domain or a.sums.keys() != b.sums.keys():
+        raise CaptureError("the batches of a data set do not use the parameters in the same way; their plans differ")
+    if not equal(a.basis, b.basis):
+        raise ArgumentError(f"statistics of {mine.estimator} in different bases cannot be added: give both the same")
 
 
-def blamed(plan: Plan, number: int) -> contextlib.AbstractContextManager[None]:
-    """Errors on rows that are chosen by values name the parameter they are for."""
-    site = plan.sites[number]
-    if site.chosen is None:
-        return contextlib.nullcontext()
-    return naming(plan.domain.names[site.layers[0].regions[0].leaf])
-
-
-def no_rows(site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Operand and output of a call on chosen rows where none is chosen."""
-    assert site.chosen is not None
-    shapes = (tuple(0 if counts else k for k, counts in shape) for shape in (site.chosen.operand, site.shape))
-    operand, output = (
-        torch.empty(shape, dtype=dtype, device=device)
-        for shape, dtype in zip(shapes, (site.chosen.dtype, site.dtype), strict=True)
+def equal(a: Any, b: Any) -> bool:
+    """Whether two pytrees hold the same; under a transform or a trace, of the same shapes."""
+    if a is b:
+        return True
+    (one, structure), (two, other) = flatten(a), flatten(b)
+    return structure == other and all(
+        x is y or ((x.shape, x.dtype) == (y.shape, y.dtype) and (not is_eager() or torch.equal(x, y)))
+        for x, y in zip(one, two, strict=True)
     )
-    return operand, output
 
 
-def vectors(run: Pullback, targets: Any, options: Options, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """The backpropagated vectors, in stacks that the engine can hold: [K, *outputs.shape]."""
-    loss, outputs = options.loss, run.outputs
-    if options.fisher == "empirical":
-        yield loss.gradient(outputs, targets).unsqueeze(0)
-    elif options.fisher == "mc":
-        assert generator is not None
-        yield from loss.sample(outputs, targets, generator, options.mc_samples).split(run.width)
-    else:
-        columns = loss.columns(outputs)
-        for start in range(0, columns, run.width):
-            yield loss.sqrt_hessian(outputs, targets, start, min(start + run.width, columns))
+def assemble(
+    statistics: Statistics, known: Mapping[str, Operator] | None = None, *, reuse: bool = False
+) -> BlockDiagonal:
+    """The operator whose blocks are made of the sums.
+
+    Args:
+        statistics: the sums.
+        known: blocks that are made already.
+        reuse: whether the memory of the sums may be used for the blocks.
+
+    Raises:
+        NonFiniteError: a block is not finite; names it.
+    """
+    blocks: dict[str, Operator] = dict(known or {})
+    for block in statistics.blocks:
+        with naming(block.name):
+            if block.name not in blocks:
+                blocks[block.name] = statistics.options.block(block, statistics, reuse=reuse)
+            check_finite(blocks[block.name])
+    layouts = tuple((block.name, block.layout) for block in statistics.blocks)
+    return BlockDiagonal({name: blocks[name] for name, _ in layouts}, layouts, statistics.domain)
 
 
-def measure_all(
-    model_fn: ModelFn,
-    params: Tree,
-    data: Batch | DataSet,
-    options: Options,
-    generator: torch.Generator | None,
-    plan: Plan | Plans | None,
-    collectors: Collectors,
-) -> Statistics:
-    """`measure` over a batch or a whole data set, with one plan for all batches of the same shapes."""
-    check_model(model_fn, params)
-    plans = Plans.of(plan)
-    total: Statistics | None = None
-    for inputs, targets in batches(data):
-        known = plans.fitting(model_fn, params, inputs)
-        if generator is None and options.fisher == "mc":
-            generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
-        statistics = measure(known, model_fn, params, (inputs, targets), options, generator, collectors)
-        if total is None:
-            warn_of_mixing(known)
-        total = statistics if total is None else total + statistics
-    assert total is not None
-    return total
+def check_finite(block: Operator) -> None:
+    """Refuses a block with an infinite or undefined entry, where its values may be looked at."""
+    for tensor in tensors_in(block):
+        if may_look_at(tensor) and not torch.isfinite(tensor.sum()):
+            raise NonFiniteError(
+                "the factor is not finite: the inputs, the parameters or the outputs contain inf or nan, or no "
+                "target counts"
+            )
 
 
+P = ParamSpec("P")
+
+
+def then_assemble(measure: Callable[P, Statistics]) -> Callable[P, BlockDiagonal]:
+    """An estimator from its first half: it has the same arguments, and uses the memory of the sums again."""
+
+    @functools.wraps(measure)
+    def estimate(*args: P.args, **kwargs: P.kwargs) -> BlockDiagonal:
+        return assemble(measure(*args, **kwargs), reuse=True)
+
+    signature = inspect.signature(measure).replace(return_annotation="BlockDiagonal")
+    names = {"__name__": "__call__", "__qualname__": measure.__qualname__.replace(measure.__name__, "__call__")}
+    estimate.__dict__.update(__signature__=signature)
+    estimate.__name__, estimate.__qualname__ = names.values()
+    estimate.__doc__ = "The curvature: `measure`, and then `Statistics.curvature`."
+    return estimate

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from curvlib.layers.rows import Rows, chunks, summed
+from curvlib.layers.wide import nonnegative
 from curvlib.operators.vectors import at_least_single, widest
-from curvlib.pytree import Tree, flatten
+from curvlib.pytree import Tree, flatten, register, static
 
 
-@dataclasses.dataclass(frozen=True)
+@register
 class Use:
     """One use of a weight in one pass: rows a, gradients g [K, N, (groups,) T, d_out], and its orientation."""
 
     rows: Rows
     g: Tensor
-    transposed: bool
+    transposed: bool = static()
+
+    def __mul__(self, weight: float | Tensor) -> Use:
+        """Rows whose second moments have this weight."""
+        return Use(self.rows, self.g * nonnegative(weight) ** 0.5, self.transposed)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """The part of D_n of these examples that is due to this use, in the orientation of the block."""

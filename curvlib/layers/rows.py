@@ -127,7 +127,8 @@ class OneHotRows(Rows):
 
     def vectors(self, like: Tensor) -> Tensor:
         """The one-hot vectors themselves [N, T, width]."""
-        return torch.nn.functional.one_hot(self.index, self.width).to(like.dtype)
+        numbers = torch.arange(self.width, device=self.index.device)
+        return (self.index.unsqueeze(-1) == numbers).to(like.dtype)  # torch's one_hot looks at values: no trace
 
     def mean(self, like: Tensor, counted: Tensor | None) -> DenseRows:
         return DenseRows(mean_row(self.vectors(like), counted))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
+from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.gram import gram
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_gram, low_rank_sum
 from curvlib.operators import Dense, DenseBlocks, Diagonal, LowRank, Matrix, ScaledIdentity, ScaledPower
@@ -31,6 +32,10 @@ class Moment(ABC):
         """The moment of both sets of rows."""
 
     @abstractmethod
+    def __mul__(self, weight: float | Tensor) -> Self:
+        """The moment of rows of this weight, a number."""
+
+    @abstractmethod
     def __truediv__(self, count: Tensor) -> Self:
         """The moment, divided by a number, or by one a group."""
 
@@ -41,6 +46,19 @@ class Moment(ABC):
     @abstractmethod
     def side(self) -> Matrix:
         """The side of a Kronecker product that it is."""
+
+
+def nonnegative(weight: float | Tensor) -> float | Tensor:
+    """The weight of a moment that cannot be subtracted from another.
+
+    Raises:
+        ArgumentError: it is negative; looked at on the CPU, outside of every transform.
+    """
+    if (may_look_at(weight) if isinstance(weight, Tensor) else True) and weight < 0:
+        raise ArgumentError(
+            f"rows and eigenpairs can be weighted, but not subtracted: the weight must not be negative, got {weight}"
+        )
+    return weight
 
 
 @register
@@ -54,6 +72,10 @@ class LowRankMoment(Moment):
     def __add__(self, other: LowRankMoment) -> LowRankMoment:
         factors = [LowRankFactor(x.vectors, x.values, x.remainder) for x in (self, other)]
         return LowRankMoment(*low_rank_sum(factors, [1.0, 1.0], self.vectors.shape[-1]))
+
+    def __mul__(self, weight: float | Tensor) -> LowRankMoment:
+        weight = nonnegative(weight)
+        return LowRankMoment(self.vectors, self.values * weight, self.remainder * weight)
 
     def __truediv__(self, count: Tensor) -> LowRankMoment:
         return LowRankMoment(self.vectors, self.values / count.unsqueeze(-1), self.remainder / count)
@@ -74,6 +96,9 @@ class BlockMoment(Moment):
     def __add__(self, other: BlockMoment) -> BlockMoment:
         return BlockMoment(tuple(a + b for a, b in zip(self.stacks, other.stacks, strict=True)))
 
+    def __mul__(self, weight: float | Tensor) -> BlockMoment:
+        return BlockMoment(tuple(stack * weight for stack in self.stacks))
+
     def __truediv__(self, count: Tensor) -> BlockMoment:
         return BlockMoment(tuple(stack / count[..., None, None, None] for stack in self.stacks))
 
@@ -93,6 +118,9 @@ class IsotropicMoment(Moment):
 
     def __add__(self, other: IsotropicMoment) -> IsotropicMoment:
         return IsotropicMoment(self.trace + other.trace, self.width)
+
+    def __mul__(self, weight: float | Tensor) -> IsotropicMoment:
+        return IsotropicMoment(self.trace * weight, self.width)
 
     def __truediv__(self, count: Tensor) -> IsotropicMoment:
         return IsotropicMoment(self.trace / count, self.width)

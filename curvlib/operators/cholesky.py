@@ -17,7 +17,7 @@ from curvlib.linalg.eigh import eigh
 from curvlib.operators.base import Operator, powers, remembered
 from curvlib.operators.bases import OrthogonalBasis
 from curvlib.operators.damping import Damping, as_damping, shift
-from curvlib.operators.matrices import Dense, Diagonal, Eigen, Matrix
+from curvlib.operators.matrices import Dense, Diagonal, EigenMatrix, Matrix
 from curvlib.operators.vectors import at_least_single
 from curvlib.pytree import register
 
@@ -39,7 +39,7 @@ def shifted_side(side: Matrix, added: Tensor) -> Matrix:
         case Diagonal(values=values):
             return Diagonal(values + added.unsqueeze(-1))
     eigen = side.eigen()
-    return Eigen(eigen.basis, eigen.values + added.unsqueeze(-1))
+    return EigenMatrix(eigen.basis, eigen.values + added.unsqueeze(-1))
 
 
 @register
@@ -82,15 +82,15 @@ class ShiftedDense(Matrix):
     def inner(self, other: Matrix) -> Tensor:
         return self.base.inner(other) + self.shift * other.traces()
 
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         eigen = self.base.eigen()
-        return Eigen(eigen.basis, eigen.values + self.shift.unsqueeze(-1))
+        return EigenMatrix(eigen.basis, eigen.values + self.shift.unsqueeze(-1))
 
     def matrices(self) -> Tensor:
         matrix = self.base.matrix
         return matrix + torch.diag_embed(self.shift.unsqueeze(-1).expand(*self.shape).to(matrix.dtype))
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
         return self.eigen().map_eigenvalues(fn)
 
     def damp(self, damping: Damping | float | Tensor) -> ShiftedDense:
@@ -178,18 +178,18 @@ class CholeskyInverse(Matrix):
         return self.factor @ self.factor.mT
 
     @remembered
-    def eigen(self) -> Eigen:
+    def eigen(self) -> EigenMatrix:
         values, vectors = eigh(self.original())
-        return Eigen(OrthogonalBasis(vectors), self.scale.unsqueeze(-1) * powers(values, -1, damped=True))
+        return EigenMatrix(OrthogonalBasis(vectors), self.scale.unsqueeze(-1) * powers(values, -1, damped=True))
 
     def matrices(self) -> Tensor:
         root = self.root()
         return self.scale[..., None, None] * (root.mT @ root)
 
-    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> Eigen:
+    def map_eigenvalues(self, fn: Callable[[Tensor], Tensor]) -> EigenMatrix:
         return self.eigen().map_eigenvalues(fn)
 
-    def damp(self, damping: Damping | float | Tensor) -> Eigen:
+    def damp(self, damping: Damping | float | Tensor) -> EigenMatrix:
         return self.eigen().damp(damping)
 
     def _power(self, exponent: float, *, damped: bool) -> Matrix:

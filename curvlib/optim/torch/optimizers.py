@@ -7,9 +7,6 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
-from curvlib.factors.dykaf import DyKAFFactors
-from curvlib.factors.kl_shampoo import KLFactors
-from curvlib.factors.shampoo import ShampooFactors
 from curvlib.optim.adam import scale_by_adam
 from curvlib.optim.dykaf import scale_by_dykaf
 from curvlib.optim.grafting import graft
