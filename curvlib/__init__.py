@@ -8,6 +8,7 @@ from curvlib.capture import Plan, plan
 from curvlib.estimators import (
     Jacobian,
     MatrixFree,
+    Statistics,
     block_diagonal,
     diagonal,
     dykaf,
@@ -92,6 +93,7 @@ __all__ = [
     "RelativeTikhonov",
     "ScaledIdentity",
     "ScaledPower",
+    "Statistics",
     "Sum",
     "Tikhonov",
     "WideBlocks",

@@ -7,6 +7,7 @@ from unittest import mock
 import optree
 import pytest
 import torch
+from curvlib.operators.solved import solutions
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,7 +30,6 @@ from curvlib.operators import (
     ScaledIdentity,
     Sum,
 )
-from curvlib.operators.solved import solutions
 from curvlib.pytree import Domain
 from tests.operators.kronecker_sum_cases import big, dense_sum, eye, products, thoroughly
 from tests.operators.operator_cases import (
