@@ -12,7 +12,6 @@ from torch import Tensor
 from curvlib.errors import ArgumentError
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import Operator
-from curvlib.operators.lazy import domain_of
 from curvlib.pytree import Domain, Tree, flatten, ravel, unravel
 from curvlib.testing.report import Property, Report, assert_close, check_all, same
 
@@ -124,7 +123,7 @@ class Estimate:
         assert torch.equal(self.random, self.after), "its state is another one after the call"
 
     def domain(self) -> None:
-        assert domain_of(self.curvature) == Domain.of(self.params), f"it acts on {domain_of(self.curvature)}"
+        assert self.curvature.domain == Domain.of(self.params), f"it acts on {self.curvature.domain}"
 
     def repeatable(self) -> None:
         again = self.estimator(self.model_fn, self.params, self.batch, loss=self.loss)
@@ -160,7 +159,7 @@ class Estimate:
     def same_block(self) -> Tensor:
         """[D, D]: whether two entries belong to one block."""
         size = len(self.dense)
-        domain, labels = domain_of(self.curvature), torch.zeros(size)
+        domain, labels = self.curvature.domain, torch.zeros(size)
         numbers = domain.leaves(unravel(torch.arange(size, dtype=torch.float64), self.params))
         for label, (_, layout) in enumerate(getattr(self.curvature, "layouts", ())):
             labels[layout.gather(numbers).flatten().long()] = float(label)

@@ -17,7 +17,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvlib.errors import ArgumentError
 from curvlib.operators import Operator, RelativeTikhonov, Tikhonov
-from curvlib.operators.lazy import domain_of
 from curvlib.pytree import Tree, flatten, inner, ravel, tree_map, unflatten, unravel
 from curvlib.testing.report import Example, Property, Report, assert_close, check_all, rows_of, same
 
@@ -59,7 +58,7 @@ def check_operator(operator: Operator, dense: Tensor | None = None, *, tolerance
         ...     print(str(error).split(",")[0])
         Diagonal: to_dense is the dense matrix does not hold: an error of 1.0e+00 where 1.4e+00 is expected
     """
-    size = sum(math.prod(shape) for shape in domain_of(operator).shapes)
+    size = operator.domain.size
     if size > MAX_ROWS:
         raise ArgumentError(f"check_operator takes operators with at most {MAX_ROWS} rows, this one has {size}")
     precise = operator.dtype == torch.float64
@@ -88,7 +87,7 @@ class Identities:
 
     def vector(self, row: Tensor) -> Tree:
         """A vector of the domain with these entries."""
-        domain = domain_of(self.operator)
+        domain = self.operator.domain
         like = domain.tree([torch.empty(shape) for shape in domain.shapes])
         return unravel(row.to(self.dense.device, self.operator.dtype), like)
 

@@ -17,7 +17,7 @@ from curvlib.operators import (
     Dense,
     DenseBlocks,
     Diagonal,
-    Eigen,
+    EigenMatrix,
     EigenKronecker,
     Kronecker,
     Layout,
@@ -140,9 +140,9 @@ def matrix(kind: str, width: int, numbers: Numbers) -> tuple[Matrix, Tensor]:
             return LowRank(vectors, values[:rank], remainder), remainder * identity + excess
         case "eigen":
             basis = numbers.orthogonal(width)
-            return Eigen(OrthogonalBasis(basis), values), basis * values @ basis.mT
+            return EigenMatrix(OrthogonalBasis(basis), values), basis * values @ basis.mT
         case "canonical eigen":
-            return Eigen(CanonicalBasis(width), values), values.diag()
+            return EigenMatrix(CanonicalBasis(width), values), values.diag()
     dense = numbers.definite(width)
     eigenvalues, basis = torch.linalg.eigh(dense)
     return ScaledPower(Dense(dense), values[0], 0.5), values[0] * (basis * eigenvalues.sqrt() @ basis.mT)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import FormatError
-from curvlib.optim.dykaf_factors import DyKAFFactors
-from curvlib.optim.factors import KLFactors, ShampooFactors
+from curvlib.factors.dykaf import DyKAFFactors
+from curvlib.factors.kl_shampoo import KLFactors
+from curvlib.factors.shampoo import ShampooFactors
 from curvlib.optim.refresh import Adaptive, Every, Warmup
 
 VALUES: dict[str, type[Any]] = {
