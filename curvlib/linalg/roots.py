@@ -77,6 +77,42 @@ def inverse_root(matrix: Tensor, order: int | float, *, damping: float | Tensor 
     raise ArgumentError(f'method must be "eigh", "coupled-newton" or "newton-schulz", got {method!r}')
 
 
+def resolution(matrix: Tensor) -> Tensor:
+    """The least damping [*] with which the iterations find the root of a singular matrix [*, d, d].
+
+    It is 10 d eps times (a bound of) the largest eigenvalue, where eps is the precision of the dtype.
+
+    Example:
+        >>> resolution(torch.eye(2, dtype=torch.float64)) < 1e-14
+        tensor(True)
+    """
+    return 10 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * norm_bound(matrix)[..., 0, 0]
+
+
+def root_residual(root: Tensor, matrix: Tensor, order: int, damping: Tensor) -> Tensor:
+    """How far X = (M + d I)^(-1 / order) is from being that root: ||A X^order A - A||_F / ||A||_F with A = M + d I.
+
+    Eigenvalues count by their size, as rounding leaves no digit of X^order in the smallest ones.
+
+    Args:
+        root: X [*, n, n].
+        matrix: M [*, n, n].
+        order: a whole number.
+        damping: d [*].
+
+    Returns:
+        [*]; not finite where X is not.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([16.0, 1.0]))
+        >>> root_residual(torch.diag(torch.tensor([0.5, 1.0])), matrix, 4, torch.tensor(0.0))
+        tensor(0.)
+    """
+    damped = matrix + damping[..., None, None] * identity_like(matrix)
+    back = highest_matmul(damped, highest_matmul(power(root, order), damped))
+    return torch.linalg.matrix_norm(back - damped) / torch.linalg.matrix_norm(damped)
+
+
 def root_by_eigh(matrix: Tensor, order: float, damping: float | Tensor) -> Tensor:
     """(M + d I)^(-1 / order) = Q diag((l + d)^(-1 / order)) Q^T."""
     eigenvalues, vectors = eigh(matrix)

@@ -13,7 +13,7 @@ from curvlib.errors import ArgumentError, CurvlibError
 from curvlib.factors.axes import entrywise, mode_product
 from curvlib.factors.rule import Factors, Observation
 from curvlib.factors.shampoo import ShampooFactors
-from curvlib.linalg.roots import inverse_root
+from curvlib.linalg.roots import inverse_root, resolution, root_residual
 from curvlib.optim.arguments import above_zero, at_least_zero, below_one
 from curvlib.optim.refresh import Every, Refresh
 from curvlib.optim.shapes import Bucket, Layout, Shapes
@@ -29,6 +29,7 @@ from curvlib.optim.turns import check, finite
 from curvlib.pytree import Domain, Tree, flatten, names, register, unflatten
 
 RULE = ShampooFactors()
+TOLERANCE = 0.01  # of the residual of a root found by iteration
 
 
 class ShampooStack(NamedTuple):
@@ -97,11 +98,13 @@ def scale_by_shampoo(
 
     Args:
         factor_beta: b, in [0, 1), or None.
-        eps: added to factors before the root, and to the root of squares.
+        eps: added to factors before the root, and to the root of squares. The iterative methods add what they can
+            resolve, too: 10 n times the precision of the dtype times (a bound of) the largest eigenvalue.
         bias_correction: False: factors are taken as they are.
         exponent: p > 0, in place of 1/(2d): L^(-p) D R^(-p).
         method: of the roots; see `curvlib.linalg.roots.inverse_root`. The iterative ones have certain orders 1/p only,
-            and do not make the host wait for a GPU; eigendecompositions do, at every refresh.
+            and do not make the host wait for a GPU; eigendecompositions do, at every refresh. A root whose residual
+            is not small counts as a failed refresh.
         max_dimension: sides wider than this have no factor.
         one_sided: only the narrower side of a matrix has a factor.
         merge_dimensions: see `Shapes`.
@@ -224,11 +227,16 @@ class Preconditioner:
         for matrix, old, failed in zip(stack.factors.matrices, stack.roots, stack.failures, strict=True):
             usable = finite(matrix)
             safe = torch.where(entrywise(usable, old), matrix / bias.to(matrix.dtype), old)
+            damping = torch.full_like(bias, self.eps).to(safe).expand(len(safe))
+            if self.method != "eigh":
+                damping = damping + resolution(safe)
             try:
-                new = inverse_root(safe, order, damping=self.eps, method=self.method)
+                new = inverse_root(safe, order, damping=damping, method=self.method)
             except CurvlibError:  # of the whole stack: a decomposition that failed says nothing of its members
                 new, usable = old, torch.zeros_like(usable)
             usable = usable.logical_and(finite(new))
+            if self.method != "eigh":
+                usable = usable.logical_and(root_residual(new, safe, int(order), damping) < TOLERANCE)
             failures.append(torch.where(usable, 0, failed + 1))
             roots.append(torch.where(entrywise(usable, old), new, old))
             check(names, failures[-1], refreshes)

@@ -179,6 +179,6 @@ def check(names: Sequence[str], failures: Tensor, refreshes: Tensor) -> None:
         if count >= PATIENCE:
             raise NonFiniteError(
                 f"parameter {name!r}: the refresh of its preconditioner failed {count} times in a row, and the last "
-                "good one is still in use; its factor is probably not finite: look for gradients that are inf or nan, "
-                "and clip or skip them"
+                "good one is still in use. If gradients were inf or nan, clip or skip them; if they are finite, the "
+                "factor cannot be decomposed, or its root found, in this precision: more damping helps"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import curvlib as cv
 import curvlib.optim as optim
 from curvlib.errors import ArgumentError
 from curvlib.optim import Adaptive, Every, Warmup
@@ -69,6 +71,35 @@ def test_iterative_roots_are_those_of_eigendecompositions(method: Any) -> None:
     expected, _ = after(optim.scale_by_shampoo(eps=1e-2, refresh=Every(1)), grads)
     found, _ = after(optim.scale_by_shampoo(eps=1e-2, refresh=Every(1), method=method), grads)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["coupled-newton", "newton-schulz"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_iterative_roots_bear_gradients_of_low_rank(method: Any, dtype: torch.dtype, size: float) -> None:
+    left, right = random(0, 30, 2), random(1, 2, 20)
+    grads = [(size * (left * random(i, 2)) @ right).to(dtype) for i in range(25)]
+    updates, state = after(optim.scale_by_shampoo(method=method, refresh=Every(5)), grads)
+    assert all(int(counter.sum()) == 0 for counter in stack_of(state).failures)
+    eps = 1e-5 if dtype == torch.float32 else 1e-12  # of what the gradients span, whitening does not see the damping
+    double = [g.double() / size for g in grads]
+    expected, _ = after(optim.scale_by_shampoo(eps=eps, refresh=Every(5)), double)
+    for update, other in zip(updates, expected, strict=True):
+        assert float((update.double() - other).norm()) <= 0.01 * float(other.norm())
+
+
+def test_a_root_that_the_iteration_does_not_find_is_a_failed_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    shampoo = optim.scale_by_shampoo(method="coupled-newton", refresh=Every(1))
+    grads = [random(i, 4, 3) for i in range(3)]
+    state = shampoo.init(grads[0])
+    monkeypatch.setattr(
+        sys.modules["curvlib.optim.shampoo"], "inverse_root", lambda matrix, *rest, **options: 0.9 * matrix
+    )
+    for g in grads[:2]:
+        _, state = shampoo.update(g, state)
+    assert all(counter.tolist() == [2] for counter in stack_of(state).failures)
+    with pytest.raises(cv.errors.NonFiniteError, match="root found"):
+        shampoo.update(grads[2], state)
 
 
 def test_one_side_alone_is_whitened_by_an_inverse_square_root() -> None:
