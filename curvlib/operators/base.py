@@ -113,17 +113,17 @@ class Operator(LinearMap):
         """The floating dtypes of its tensors, and those of the models of matrix-free parts."""
         known: frozenset[torch.dtype] | None = self.__dict__.get("_dtypes")
         if known is None:
-            known = self.__dict__["_dtypes"] = self.find_dtypes()
+            known = self.__dict__["_dtypes"] = self._find_dtypes()
         return known
 
-    def find_dtypes(self) -> frozenset[torch.dtype]:
+    def _find_dtypes(self) -> frozenset[torch.dtype]:
         """`dtypes`, which never change."""
         leaves = torch_pytree.tree_leaves(self, is_leaf=is_matrix_free)
         found = {x.model_dtype if isinstance(x, MatrixFreePart) else x.dtype for x in leaves}
         return frozenset(dtype for dtype in found if dtype.is_floating_point)
 
     @property
-    def matrix_free(self) -> bool:
+    def _matrix_free(self) -> bool:
         """Whether some part of it is known by its products alone."""
         return any(map(is_matrix_free, torch_pytree.tree_leaves(self, is_leaf=is_matrix_free)))
 
@@ -149,7 +149,7 @@ class Operator(LinearMap):
         operator: Self = torch_pytree.tree_unflatten(cast, structure)
         return operator
 
-    def in_one_dtype(self, vectors: Tree) -> tuple[Self, Tree]:
+    def _in_one_dtype(self, vectors: Tree) -> tuple[Self, Tree]:
         """The operator and vectors in the widest of their dtypes.
 
         Raises:
@@ -161,9 +161,9 @@ class Operator(LinearMap):
         dtype = widest(dtypes)
         return self.widened(dtype), tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, vectors)
 
-    def product(self, vectors: Tree, leading: int) -> Tree:
+    def _product(self, vectors: Tree, leading: int) -> Tree:
         """The operator applied to vectors of any floating dtypes that are stacked along ``leading`` axes."""
-        operator, wide = self.in_one_dtype(vectors)
+        operator, wide = self._in_one_dtype(vectors)
         images = operator._apply(wide, leading)
         return images if wide is vectors else tree_map(lambda image, x: image.to(x.dtype), images, vectors)
 
@@ -174,7 +174,7 @@ class Operator(LinearMap):
             PytreeError, ShapeError: v is not a vector of the domain; the message names the leaf.
             DtypeError: a leaf is not of a floating dtype; the message names it.
         """
-        image: Params = self.product(v, 0)
+        image: Params = self._product(v, 0)
         return image
 
     def __matmul__(self, v: Params) -> Params:
@@ -182,17 +182,17 @@ class Operator(LinearMap):
 
     def matmat(self, vectors: Params) -> Params:
         """Curv v for k vectors stacked along a leading axis of every leaf."""
-        images: Params = self.product(vectors, 1)
+        images: Params = self._product(vectors, 1)
         return images
 
     def quadratic(self, v: Tree) -> Tensor:
         """v^T curv v, a 0-d tensor in the widest of the dtypes of the operator and the vector."""
-        operator, wide = self.in_one_dtype(v)
+        operator, wide = self._in_one_dtype(v)
         if isinstance(operator, QuadraticForm):
             return operator._quadratic(wide)
         return inner(wide, operator._apply(wide, 0))
 
-    def precise(self) -> Self:
+    def _precise(self) -> Self:
         """The operator in float32 at least, as eigenvalues and powers are computed."""
         return self.widened(at_least_single(self.dtype))
 
@@ -208,7 +208,7 @@ class Operator(LinearMap):
                 f"sample draws from a torch.Generator, its first argument, but got {generator!r}: write "
                 "sample(torch.Generator().manual_seed(0)), and sample(generator, n=3) for three draws"
             )
-        return tree_map(lambda x: x.to(self.dtype), self.precise()._sample(generator, n))
+        return tree_map(lambda x: x.to(self.dtype), self._precise()._sample(generator, n))
 
     def power(self, exponent: float, damping: Damping | float | Tensor = 0.0) -> Operator:
         """(curv + damping)^exponent.
@@ -218,8 +218,8 @@ class Operator(LinearMap):
             SingularError: the exponent needs positive eigenvalues and there are others (looked at in eager mode only).
         """
         if is_zero(damping):
-            return self.precise()._power(exponent, damped=False)
-        return self.precise().damp(damping)._power(exponent, damped=True)
+            return self._precise()._power(exponent, damped=False)
+        return self._precise().damp(damping)._power(exponent, damped=True)
 
     def inverse(self, damping: Damping | float | Tensor = 0.0, *, solver: Solver | None = None) -> Operator:
         """(curv + damping)^-1.
@@ -233,7 +233,7 @@ class Operator(LinearMap):
             DampingError: the damping is negative.
             SingularError: there is no damping and the operator is singular.
         """
-        return self.power(-1, damping) if solver is None else solver.inverse(self.precise(), damping)
+        return self.power(-1, damping) if solver is None else solver.inverse(self._precise(), damping)
 
     def project(self, sketch: Compressor) -> Projection:
         """The composition R o curv with a `sketch` R or an `EigenSketch`, folded into one small matrix a side.
@@ -245,7 +245,7 @@ class Operator(LinearMap):
         """
         from curvlib.operators.projection import project  # a projection is made of operators
 
-        return project(self.precise(), sketch)
+        return project(self._precise(), sketch)
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> Operator:
         """The k leading eigenpairs a side, and the mean of the other eigenvalues for all that is orthogonal to them.
@@ -263,15 +263,15 @@ class Operator(LinearMap):
         """
         from curvlib.operators.truncation import truncate  # a truncation is made of operators
 
-        return truncate(self.precise(), rank, energy)
+        return truncate(self._precise(), rank, energy)
 
     def eigenvalues(self) -> Tensor:
         """All D eigenvalues, ascending."""
-        return self.precise()._eigenvalues().sort().values
+        return self._precise()._eigenvalues().sort().values
 
     def logdet(self) -> Tensor:
         """Log det curv, a 0-d tensor: -inf if singular."""
-        operator = self.precise()
+        operator = self._precise()
         if isinstance(operator, Determinant):
             return operator._logdet()
         return operator.map_eigenvalues(torch.log).trace()
@@ -297,7 +297,7 @@ class Operator(LinearMap):
 
         return summary(self)
 
-    def met(self, other: Operator) -> tuple[Operator, Operator]:
+    def _met(self, other: Operator) -> tuple[Operator, Operator]:
         """Two operators in the wider of their dtypes.
 
         Raises:
@@ -317,7 +317,7 @@ class Operator(LinearMap):
     def __add__(self, other: Operator) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
-        one, two = self.met(other)
+        one, two = self._met(other)
         total = one._add(two)
         total = total if total is not None else two._add(one)
         if total is not None:
@@ -334,7 +334,7 @@ class Operator(LinearMap):
             return NotImplemented
         from curvlib.operators.differences import difference  # a difference is an operator too
 
-        return difference(*self.met(other))
+        return difference(*self._met(other))
 
     def __neg__(self) -> Operator:
         return self._scale(-1.0)

@@ -102,14 +102,14 @@ class Inverse(Invertible, Determinant):
         try:
             return solutions(self.operator, vectors, leading, solver)
         except ConvergenceError as error:
-            if self.matrix_free:
+            if self._matrix_free:
                 raise
             raise ConvergenceError(f"{error}; merge_factors (or tied='merge') has an inverse in closed form") from error
 
     def _inverse(self, shift: Tensor | None, *, damped: bool) -> Operator:
         if shift is None:
             return self.operator
-        if self.matrix_free or self.domain.size > MAX_DENSE:
+        if self._matrix_free or self.domain.size > MAX_DENSE:
             return Inverse(Shifted(self, shift), CG())
         return self.dense().damp(shift)._power(-1, damped=damped)
 

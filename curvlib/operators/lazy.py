@@ -68,7 +68,7 @@ def dense_operator(operator: Operator, what: str) -> Operator:
     Raises:
         ArgumentError: it has more than `MAX_DENSE` rows.
     """
-    size, matrix_free = operator.domain.size, operator.matrix_free
+    size, matrix_free = operator.domain.size, operator._matrix_free
     if size > MAX_DENSE and matrix_free:
         raise ArgumentError(
             "an operator known by its products alone gives entries, eigenvalues and samples by way of the dense "

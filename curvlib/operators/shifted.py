@@ -78,7 +78,7 @@ class Shifted(Invertible, QuadraticForm):
     def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
         from curvlib.operators.differences import Difference  # which may be indefinite, as may what is matrix-free
 
-        if self.matrix_free or isinstance(self.operator, Difference):
+        if self._matrix_free or isinstance(self.operator, Difference):
             return self.dense()._sample(generator, n)
         draws = self.operator._sample(generator, n)
         return tree_map(lambda x: x + self.shift.sqrt() * normal(x, generator, None), draws)

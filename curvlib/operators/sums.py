@@ -124,7 +124,7 @@ class Sum(Invertible, QuadraticForm, FactoredTerms):
         return None
 
     def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
-        if self.matrix_free:  # a term may be indefinite
+        if self._matrix_free:  # a term may be indefinite
             return self.dense()._sample(generator, n)
         total = self.terms[0]._sample(generator, n)
         for term in self.terms[1:]:
@@ -135,7 +135,7 @@ class Sum(Invertible, QuadraticForm, FactoredTerms):
 def inverse(total: Sum, shift: Tensor | None, *, damped: bool) -> Operator:
     """The inverse of a sum and shift I: direct, dense or by rows, or by conjugate gradients."""
     operator = total if shift is None else Shifted(total, shift)
-    if total.matrix_free:
+    if total._matrix_free:
         return Inverse(operator, CG())
     direct = direct_inverse(total.terms, shift, damped=damped)
     if direct is not None:
