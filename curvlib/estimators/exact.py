@@ -25,6 +25,7 @@ from curvlib.capture.engines import ModelFn
 from curvlib.errors import ArgumentError, NonFiniteError
 from curvlib.estimators.kinds import Draws, How, Kind, LossHessian, SampledFisher, SecondDerivative, Unweighted
 from curvlib.estimators.linearization import Mode
+from curvlib.estimators.passes import default_generator
 from curvlib.estimators.running import LeafFn, Leaves, Running, twice_differentiable
 from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, cut, detached
 from curvlib.estimators.trial import Case, settle
@@ -310,7 +311,7 @@ def fisher(
         return matrix_free(model_fn, params, batch, LossHessian(loss), mode)
     if fisher == "mc" and generator is None:
         check_model(model_fn, params)
-        generator = torch.Generator(flatten(params)[0][0].device).manual_seed(0)
+        generator = default_generator(params)
     return matrix_free(
         model_fn, params, batch, SampledFisher(loss, mc_samples), mode, generator if fisher == "mc" else None
     )
