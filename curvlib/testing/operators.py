@@ -125,11 +125,11 @@ class Identities:
 
     def all(self) -> Iterator[Property]:
         """Every identity, the simplest first."""
+        yield self.of_two("the operator is linear", self.linear)
+        yield self.of_two("the operator is symmetric", self.symmetric)
         yield Property("to_dense is the dense matrix", self.to_dense)
         yield self.of_one("a product is that with the dense matrix", self.product)
         yield self.of_two("matmat is matvec of every vector along the leading axis", self.stacked)
-        yield self.of_two("the operator is symmetric", self.symmetric)
-        yield self.of_two("the operator is linear", self.linear)
         yield self.of_one("quadratic is the inner product with the image", self.quadratic)
         yield self.of_one("results have the dtype of the vector", self.dtypes)
         yield self.of_one("a product changes nothing it is given", self.pure)
