@@ -385,7 +385,7 @@ def test_targets_with_a_graph_leave_no_graph() -> None:
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SOAP", "DyKAF", "KLShampoo", "Shampoo"])
+@pytest.mark.parametrize("name", ["SOAP", "DyKAF", "KLShampoo", "Shampoo", "Muon", "AdamW"])
 def test_optimizers_take_parameters_and_closures(name: str) -> None:
     make = getattr(cv.optim.torch, name)
     model = module()

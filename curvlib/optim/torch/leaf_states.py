@@ -142,6 +142,8 @@ def joined(forms: Sequence[Form], entries: Sequence[Mapping[str, Tensor]]) -> St
 def built(field: Field, entries: Mapping[str, Tensor]) -> Any:
     """The entry of a `PerLeaf` that is made of these tensors."""
     assert field.entry is not None
+    if field.entry.is_leaf():
+        return entries[field.names[0]]
     return optree.tree_unflatten(field.entry, [entries[name] for name in field.names])
 
 
@@ -154,6 +156,8 @@ def separated(forms: Sequence[Form], state: State) -> list[Entries]:
             field = form.fields[number]
             if field.entry is None:
                 entries[field.names[0]] = value.clone() if place else value
+            elif field.entry.is_leaf():
+                entries[field.names[0]] = value.entries[place]
             else:
                 tensors: list[Any] = field.entry.flatten_up_to(value.entries[place])
                 entries.update(zip(field.names, tensors, strict=True))
