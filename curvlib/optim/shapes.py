@@ -209,15 +209,16 @@ class Layout:
         look = is_eager()
         result = []
         for bucket in self.buckets:
-            rows = [flatten(tuple([entry_of(column, block) for column in columns])) for block in bucket.blocks]
+            rows = [tuple([entry_of(column, block) for column in columns]) for block in bucket.blocks]
+            structure, (leaves, _) = flatten(rows[0])[1], flatten(rows)
             tensors, members = [], []
-            for parts in map(list, zip(*(leaves for leaves, _ in rows), strict=True)):
+            for parts in [leaves[i :: structure.num_leaves] for i in range(structure.num_leaves)]:
                 stack = adjacent(parts, flat=bucket.concatenated) if look else None
                 members.append(parts if stack is not None else None)
                 if stack is None and bucket.concatenated:
                     stack = torch.cat([x.reshape(1, -1) for x in parts], 1)
                 tensors.append(torch.stack(parts) if stack is None else stack)
-            result.append(Stack(unflatten(rows[0][1], tensors), tensors, members))
+            result.append(Stack(unflatten(structure, tensors), tensors, members))
         return result
 
     def scattered(self, values: Sequence[tuple[Any, ...]], old: Sequence[Stack] | None = None) -> tuple[PerLeaf, ...]:
@@ -289,18 +290,19 @@ def adjacent(tensors: Sequence[Tensor], *, flat: bool) -> Tensor | None:
     first = tensors[0]
     if len(tensors) == 1:
         return first.reshape(1, -1) if flat else first.unsqueeze(0)
-    strides, place, length = first.stride(), first.data_ptr(), 0
-    if not (first.is_contiguous() or (first.ndim > 1 and first.mT.is_contiguous())):
+    strides, size = first.stride(), first.element_size()
+    if not first.is_contiguous() and (flat or first.ndim < 2 or not first.mT.is_contiguous()):
         return None
-    for x in tensors:
-        here = place + length * first.element_size()
-        if x.data_ptr() != here or x.requires_grad or not (x.is_contiguous() if flat else x.stride() == strides):
-            return None
-        length += x.numel()
-    if first.untyped_storage().nbytes() < (first.storage_offset() + length) * first.element_size():
+    ends = list(itertools.accumulate(x.numel() for x in tensors))
+    places = [first.data_ptr() + size * end for end in (0, *ends[:-1])]
+    if [x.data_ptr() for x in tensors] != places or any(x.requires_grad for x in tensors):
+        return None
+    if not all(x.is_contiguous() if flat else x.stride() == strides for x in tensors):
+        return None
+    if first.untyped_storage().nbytes() < (first.storage_offset() + ends[-1]) * size:
         return None
     if flat:
-        return first.as_strided((1, length), (length, 1))
+        return first.as_strided((1, ends[-1]), (ends[-1], 1))
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *strides))
 
 
