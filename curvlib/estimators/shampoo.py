@@ -127,7 +127,7 @@ class Shampoo:
         elementwise: str = "diagonal",
         wide: Wide = WideDiagonal(),  # noqa: B008 (immutable)
         engine: str | None = None,
-        plan: Plan | None = None,
+        plan: Plan | Plans | None = None,
     ) -> Statistics:
         """What the curvature is made of; the arguments are those of `Shampoo.__call__`.
 

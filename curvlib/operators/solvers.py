@@ -58,6 +58,8 @@ class Cholesky(Solver):
                 )
             case EigenKronecker():
                 return operator.power(-1, damping)
+            case Invertible() if isinstance(damping, FactoredTikhonov):
+                return self.inverse(operator.damp(damping), 0.0)  # term by term
             case Invertible():
                 dense = dense_operator(operator, "an operator").blocks["params"]
                 assert isinstance(dense, Matrix)
@@ -89,6 +91,8 @@ class Eigen(Solver):
                 return Kronecker(left.eigen(), right.eigen()).power(-1, damping)
             case Matrix():
                 return operator.eigen().power(-1, damping)
+            case Invertible() if isinstance(damping, FactoredTikhonov):
+                return self.inverse(operator.damp(damping), 0.0)  # term by term
             case Invertible():
                 return operator.dense().power(-1, damping)
         return operator.power(-1, damping)
