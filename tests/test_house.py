@@ -39,8 +39,8 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def at_the_top(tree: ast.Module) -> ast.Module:
-    """What of a module runs when it is imported, and what its annotations need."""
-    kept = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    """What of a module runs when it is imported; what annotations alone need does not."""
+    kept = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If))]
     return ast.Module(kept, [])
 
 
@@ -69,10 +69,12 @@ def test_no_room_imports_one_above() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    graph = {module(path): set(imported(at_the_top(TREES[path]))) - {"curvlib"} for path in FILES}
+    graph = {module(path): set(imported(at_the_top(TREES[path]))) for path in FILES if path != PACKAGE / "__init__.py"}
     finished: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:
+        if name not in graph:  # the package itself
+            return
         assert name not in way, " -> ".join((*way[way.index(name) :], name))
         if name not in finished:
             for other in sorted(graph[name]):

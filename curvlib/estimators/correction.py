@@ -15,11 +15,10 @@ from curvlib.capture.engines import Pullback
 from curvlib.capture.plan import Block, Placement
 from curvlib.estimators.factors import FactorCollector, UseSums
 from curvlib.estimators.statistics import Collector, Pass
-from curvlib.gradients.uses import Use, in_chunks
+from curvlib.gradients.uses import WeightUse, in_chunks
 from curvlib.layers.base import KroneckerLayer, Layer, positions_that_count, second_moment
 from curvlib.layers.rows import DenseRows, Rows, groups_first, sum_of_squares, summed
-from curvlib.layers.wide import Moment as WideMoment
-from curvlib.layers.wide import Wide, nonnegative
+from curvlib.layers.wide import CompressedMoment, Wide, nonnegative
 from curvlib.linalg.gram import gram
 from curvlib.linalg.row_space import row_space
 from curvlib.operators import LowRank, LowRankBasis
@@ -35,7 +34,7 @@ class Moment(ABC):
     """A second moment of per-example gradients; a tuple of what is added over examples and vectors."""
 
     @abstractmethod
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Any, ...]:
+    def of(self, block: Block, uses: Sequence[WeightUse]) -> tuple[Any, ...]:
         """The moment of a block, from all uses of its weight in one stack of vectors."""
 
     @abstractmethod
@@ -72,7 +71,7 @@ class MomentCollector(Collector):
     def __init__(self, now: Pass, moment: Moment) -> None:
         self.now, self.moment = now, moment
         self.totals: dict[str, Totals] = {}
-        self.waiting: dict[str, dict[Placement, Use]] = {}
+        self.waiting: dict[str, dict[Placement, WeightUse]] = {}
         self.block_of = {placement: block for block in now.plan.blocks for placement in block.placements}
 
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
@@ -87,7 +86,7 @@ class MomentCollector(Collector):
         if self.now.options.sharing == "reduce":
             counted = positions_that_count(self.now.mask, self.now.examples, rows.shape[-2])
             rows, g = rows.mean(g, counted), g.sum(-2, keepdim=True)
-        use = Use(rows, g, placement.transposed)
+        use = WeightUse(rows, g, placement.transposed)
         block = self.block_of[placement]
         if len(block.placements) == 1:
             self.add(block, [use])
@@ -102,7 +101,7 @@ class MomentCollector(Collector):
         if uses:
             self.add(block, list(uses.values()))
 
-    def add(self, block: Block, uses: Sequence[Use]) -> None:
+    def add(self, block: Block, uses: Sequence[WeightUse]) -> None:
         """Adds the moment of one stack of vectors."""
         found = Totals(self.moment.of(block, uses))
         self.totals[block.name] = self.totals[block.name] + found if block.name in self.totals else found
@@ -119,7 +118,7 @@ class FactorsAndUses:
     """What one pass yields for a weight: the sums for its factors, and its uses, a list for each stack of vectors."""
 
     factors: UseSums
-    stacks: tuple[tuple[Use, ...], ...]
+    stacks: tuple[tuple[WeightUse, ...], ...]
 
     def __add__(self, other: FactorsAndUses) -> FactorsAndUses:
         return FactorsAndUses(self.factors + other.factors, self.stacks + other.stacks)
@@ -130,7 +129,7 @@ class FactorsAndUses:
 
 
 @register
-class FewRows(WideMoment):
+class FewRows(CompressedMoment):
     """A sum of outer products that is kept as its rows [n, d], far fewer than their width: nothing is lost."""
 
     rows: Tensor
@@ -171,7 +170,7 @@ class HoldingCollector(Collector):
 
     def __init__(self, now: Pass) -> None:
         self.now, self.factors = now, FactorCollector(now)
-        self.uses: dict[Placement, list[Use]] = {}
+        self.uses: dict[Placement, list[WeightUse]] = {}
         self.alone = {block.placements[0] for block in now.plan.blocks if len(block.placements) == 1}
 
     def suffice(self, placement: Placement, rows: Tensor) -> bool:
@@ -199,7 +198,7 @@ class HoldingCollector(Collector):
             self.factors.outputs[placement] = few if previous is None else previous + few
         else:
             self.factors.consume(placement, layer, factors, g)
-        self.uses.setdefault(placement, []).append(Use(rows, held, placement.transposed))
+        self.uses.setdefault(placement, []).append(WeightUse(rows, held, placement.transposed))
 
     def sums(self, block: Block, run: Pullback) -> FactorsAndUses:
         kept = [run.kept[p.site][p.layer][0] for p in block.placements]
@@ -219,11 +218,11 @@ class EigenSquares(Moment):
     bases: dict[str, Bases]
     positionwise: bool
 
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+    def of(self, block: Block, uses: Sequence[WeightUse]) -> tuple[Tensor, ...]:
         left, right = self.bases[block.name]
         return (averaged(averaged(self.squares(uses, left, right), right).mT, left).mT,)
 
-    def squares(self, uses: Sequence[Use], left: Basis, right: Basis) -> Tensor:
+    def squares(self, uses: Sequence[WeightUse], left: Basis, right: Basis) -> Tensor:
         """The moment of every coordinate."""
         if self.positionwise:
             parts = [self.projected(use, left, right) for use in uses]
@@ -234,13 +233,13 @@ class EigenSquares(Moment):
             return rows.squares(g)
         return summed([sum_of_squares(right.analyse_right(left.analyse_left(d))) for d in in_chunks(uses)])
 
-    def projected(self, use: Use, left: Basis, right: Basis) -> tuple[Rows, Tensor]:
+    def projected(self, use: WeightUse, left: Basis, right: Basis) -> tuple[Rows, Tensor]:
         """Rows and gradients in the coordinates of the bases."""
         if use.transposed:
             left, right = right, left
         return use.rows.in_basis(right, use.g), left.analyse_right(use.g)
 
-    def rows_are_cheaper(self, use: Use) -> bool:
+    def rows_are_cheaper(self, use: WeightUse) -> bool:
         """Whether it takes fewer multiplications to rotate the T rows than the gradient [d_out, d_in]."""
         if not isinstance(use.rows, DenseRows):
             return True
@@ -265,7 +264,7 @@ def averaged(values: Tensor, basis: Basis) -> Tensor:
 class GradientSquares(Moment):
     """sum_n D_n o D_n: the diagonal."""
 
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+    def of(self, block: Block, uses: Sequence[WeightUse]) -> tuple[Tensor, ...]:
         if len(uses) == 1 and not uses[0].transposed:
             return (uses[0].rows.squares(uses[0].g),)
         return (summed([sum_of_squares(gradients) for gradients in in_chunks(uses)]),)
@@ -280,18 +279,18 @@ class TraceMoments(Moment):
 
     wide: Wide
 
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor | WideMoment, ...]:
+    def of(self, block: Block, uses: Sequence[WeightUse]) -> tuple[Tensor | CompressedMoment, ...]:
         if len(uses) == 1 and not uses[0].transposed and max(block.layout.shape[-2:]) <= self.wide.above:
             return uses[0].rows.left_moment(uses[0].g), uses[0].rows.right_moment(uses[0].g)
         parts = [(self.moment(gradients.mT), self.moment(gradients)) for gradients in in_chunks(uses)]
         lefts, rights = zip(*parts, strict=True)
         return summed(lefts), summed(rights)
 
-    def moment(self, matrices: Tensor) -> Tensor | WideMoment:
+    def moment(self, matrices: Tensor) -> Tensor | CompressedMoment:
         """The sum of M^T M over M [K, N, *groups, m, n]: that of the rows of all of them."""
         return second_moment(groups_first(matrices, 2), None, self.wide, augmented=False)
 
-    def zero(self, block: Block, like: Tensor) -> tuple[Tensor | WideMoment, ...]:
+    def zero(self, block: Block, like: Tensor) -> tuple[Tensor | CompressedMoment, ...]:
         *groups, rows, columns = block.layout.shape
         left, right = (self.wide.zero(tuple(groups), width, like) for width in (rows, columns))
         return left, right

@@ -49,7 +49,7 @@ class DiagonalOptions(LayerwiseOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExactDiagonal:
+class DiagonalEstimator:
     """The exact diagonal of the GGN or Fisher of the reduced objective, without Jacobians.
 
     Exact for every kind of layer, for weights shared by positions and for tied weights. It costs about as much as
@@ -100,4 +100,4 @@ class ExactDiagonal:
     __call__ = then_assemble(measure)
 
 
-diagonal = ExactDiagonal()
+diagonal = DiagonalEstimator()

@@ -29,7 +29,7 @@ from curvlib.estimators.elementwise import ElementwiseOptions
 from curvlib.estimators.gradients import Number, begin, check_diagonal, places_of_leaves, step
 from curvlib.estimators.observations import Observations, Sandwiches, observe, of_objective, wide_sides
 from curvlib.estimators.statistics import Options, Statistics, assemble
-from curvlib.estimators.tracking import Flags, Rule, block_with, columns, identity, stepped
+from curvlib.estimators.tracking import DyKAFRule, Flags, block_with, columns, identity, stepped
 from curvlib.gradients.data import Batch, DataSet
 from curvlib.gradients.plans import Plans, planned
 from curvlib.layers.wide import Wide, WideDiagonal
@@ -40,7 +40,7 @@ from curvlib.pytree import Domain, Tree, flatten
 
 
 @dataclasses.dataclass(frozen=True)
-class DyKAF:
+class DyKAFEstimator:
     """DyKAF's curvature, from a model and data or from gradients alone; see `curvlib.dykaf`.
 
     Called with a model it estimates the curvature of the reduced objective ``loss`` at ``params``.
@@ -111,7 +111,7 @@ class DyKAF:
             NonFiniteError: a factor is not finite; names its block.
         """
         check_diagonal(wide, "dykaf")
-        rule = Rule(integrator, sweeps, start, generator)
+        rule = DyKAFRule(integrator, sweeps, start, generator)
         if not per_example:
             return of_objective(
                 model_fn,
@@ -162,7 +162,7 @@ class DyKAF:
         """
         check_diagonal(wide, "dykaf")
         check_grads(grads)
-        rule, domain = Rule("ksl", 1, start, generator), Domain.of(grads)
+        rule, domain = DyKAFRule("ksl", 1, start, generator), Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
         return begin(leaves, places, domain, rule.start, elementwise=elementwise, wide=wide, decay=decay)
 
@@ -186,14 +186,14 @@ class DyKAF:
                 eigen-form; names the block.
             PytreeError, ShapeError: the gradient does not fit ``curv``.
         """
-        return step(curv, grads, decay, Rule(integrator, sweeps, "svd", None).advance)
+        return step(curv, grads, decay, DyKAFRule(integrator, sweeps, "svd", None).advance)
 
 
 State = tuple[Tensor, Sequence[Tensor]]  # the scale, and the units of both sides
 
 
 def of_examples(
-    model_fn: ModelFn, params: Tree, data: Batch | DataSet, options: Options, plan: Plan | Plans | None, rule: Rule
+    model_fn: ModelFn, params: Tree, data: Batch | DataSet, options: Options, plan: Plan | Plans | None, rule: DyKAFRule
 ) -> BlockDiagonal:
     """The curvature of per-example gradients: a step a batch towards their sum, which is divided at the end."""
     total: Statistics | None = None
@@ -216,7 +216,7 @@ def of_examples(
     return assemble(total, made)
 
 
-def after(state: State | None, observations: Observations, block: Block, rule: Rule) -> State:
+def after(state: State | None, observations: Observations, block: Block, rule: DyKAFRule) -> State:
     """The state of a block after one batch of examples."""
     diagonal = wide_sides(block, observations.options)
     target = target_of(observations, block, diagonal)
@@ -243,4 +243,4 @@ def target_of(observations: Observations, block: Block, diagonal: Flags) -> Rear
     return Rearranged(partial(moment, side=0), partial(moment, side=1))
 
 
-dykaf = DyKAF()
+dykaf = DyKAFEstimator()

@@ -152,7 +152,7 @@ class TKFACOptions(GradientOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class EKFAC:
+class EKFACEstimator:
     """Eigenvalue-corrected KFAC: the eigenbases of `kfac`, and eigenvalues from the same data with the same draws.
 
     One batch and one vector an example take one pass, which holds inputs and output gradients of all layers; so do its
@@ -279,7 +279,7 @@ class EigenvalueCorrection:
 
 
 @dataclasses.dataclass(frozen=True)
-class TKFAC:
+class TKFACEstimator:
     """Trace-restricted KFAC: L (x) R / tr L with L = E[D D^T], R = E[D^T D] for per-example gradients D.
 
     The trace of each block is that of the Fisher's block, exactly, however often a weight is used. Without sharing,
@@ -330,9 +330,9 @@ class TKFAC:
     __call__ = then_assemble(measure)
 
 
-ekfac = EKFAC()
+ekfac = EKFACEstimator()
 eigenvalue_correct = EigenvalueCorrection()
-tkfac = TKFAC()
+tkfac = TKFACEstimator()
 
 
 def bases_of(curv: BlockDiagonal, params: Tree, *, others: bool = False) -> dict[str, Any]:

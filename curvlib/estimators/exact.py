@@ -27,7 +27,7 @@ from curvlib.estimators.kinds import Draws, How, Kind, LossHessian, SampledFishe
 from curvlib.estimators.linearization import Mode
 from curvlib.estimators.passes import default_generator
 from curvlib.estimators.running import LeafFn, Leaves, Running, twice_differentiable
-from curvlib.estimators.source import Frame, Held, Source, Streamed, Walk, cut, detached
+from curvlib.estimators.source import CachedBatch, PytreeTemplate, Source, Streamed, Traversal, cut, detached
 from curvlib.estimators.trial import Case, settle
 from curvlib.gradients.data import Batch, DataSet, batches, check_order
 from curvlib.linalg.eager import differentiable, is_eager, may_look_at, ordinary
@@ -164,7 +164,7 @@ def matrix_free(
     leaves = flatten(params)[0]
     streamed = None
     if isinstance(batch, DataSet):
-        streamed = Streamed(Walk.of(batch, generator))
+        streamed = Streamed(Traversal.of(batch, generator))
         generator = streamed.walk.restarted()
     loader = None if streamed is None else streamed.loader
     running = Running.now(leaves, loader) if is_eager() else Running()
@@ -172,7 +172,7 @@ def matrix_free(
     with differentiable(), replay.isolated():
         first = next(batches(batch))
         replay.begin()
-        tensors, frame = Frame.split(first)
+        tensors, frame = PytreeTemplate.split(first)
         inputs, targets = frame.fill(tensors)
         case = Case(kind, model_fn, params, inputs, targets, generator, running, replay)
         case, found, chosen, width = settle(case, mode, all_data=streamed is None)
@@ -182,7 +182,7 @@ def matrix_free(
         elif found is not None and kind.reduction == "mean":
             check_counts(kind.normalizer(found.outputs, case.targets))
         drawn = case.draws if isinstance(case.draws, Tensor) else None
-        source: Source = Held(tensors, drawn, frame) if streamed is None else streamed
+        source: Source = CachedBatch(tensors, drawn, frame) if streamed is None else streamed
         one = full_precision(leaves[0]).new_ones(())
     return MatrixFree(params, source, one, model_fn, kind, chosen, width, case.running)
 

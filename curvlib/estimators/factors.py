@@ -14,7 +14,7 @@ from curvlib.errors import ArgumentError
 from curvlib.estimators.statistics import Collector, Pass, Statistics
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import summed
-from curvlib.layers.wide import Moment, as_side
+from curvlib.layers.wide import CompressedMoment, as_side
 from curvlib.linalg.gram import full_precision, writes_in_place
 from curvlib.linalg.low_rank import LowRankFactor, low_rank_sum
 from curvlib.operators import (
@@ -36,9 +36,9 @@ from curvlib.pytree import register
 class FactorSums:
     """One use of a weight: sum of a a^T, the number of rows in it, and sum of g g^T (None: forward-only)."""
 
-    inputs: Tensor | Moment
+    inputs: Tensor | CompressedMoment
     rows: Tensor
-    outputs: Tensor | Moment | None
+    outputs: Tensor | CompressedMoment | None
 
     def __add__(self, other: FactorSums) -> FactorSums:
         outputs = None if self.outputs is None else summed([self.outputs, other.outputs])
@@ -187,7 +187,7 @@ def added(sides: Sequence[Matrix]) -> Matrix:
     return Dense(summed([side.matrices() for side in sides]))
 
 
-def divide(moment: Tensor | Moment, count: Tensor, *, reuse: bool) -> Tensor | Moment:
+def divide(moment: Tensor | CompressedMoment, count: Tensor, *, reuse: bool) -> Tensor | CompressedMoment:
     """Sums over the data to means; if the sums are not needed any more, in their memory where possible."""
     if reuse and isinstance(moment, Tensor) and writes_in_place(moment) and moment.is_floating_point():
         return moment.div_(count)

@@ -16,7 +16,7 @@ from curvlib.errors import PytreeError, ShapeError
 from curvlib.estimators.kinds import Unweighted
 from curvlib.estimators.linearization import Linearization, Mode, each, linearize
 from curvlib.estimators.running import Running, twice_differentiable
-from curvlib.estimators.source import Frame, cut, detached
+from curvlib.estimators.source import PytreeTemplate, cut, detached
 from curvlib.estimators.trial import Case, settle
 from curvlib.linalg.eager import differentiable, is_eager, ordinary
 from curvlib.operators.vectors import LinearMap, vector_leaves, widest
@@ -57,7 +57,7 @@ def jacobian(model_fn: ModelFn, params: Tree, inputs: Any, *, mode: Mode | None 
     running = Running.now(leaves) if is_eager() else Running()
     replay = running.replay(leaves)
     with differentiable(), replay.isolated():
-        tensors, frame = Frame.split(inputs)
+        tensors, frame = PytreeTemplate.split(inputs)
         case = Case(Unweighted(), model_fn, params, frame.fill(tensors), None, None, running, replay)
         case, found, chosen, width = settle(case, mode, all_data=True)
         if found is None:
@@ -76,7 +76,7 @@ class Jacobian(LinearMap):
     tensors: tuple[Tensor, ...]
     model_fn: ModelFn = static()
     domain: Domain = static()
-    frame: Frame = static()
+    frame: PytreeTemplate = static()
     output_shape: tuple[int, ...] = static()
     mode: Mode = static()
     width: int = static()

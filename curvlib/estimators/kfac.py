@@ -45,7 +45,7 @@ class KFACOptions(LayerwiseOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class KFAC:
+class KFACEstimator:
     """Kronecker-factored curvature of a model's objective at ``params``.
 
     One block a weight, G (x) A on the matrix [W, b]: A [d_in (+ 1), d_in (+ 1)] from the layer's inputs, G
@@ -118,4 +118,4 @@ class KFAC:
     __call__ = then_assemble(measure)
 
 
-kfac = KFAC()
+kfac = KFACEstimator()

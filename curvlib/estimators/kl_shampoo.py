@@ -59,7 +59,7 @@ from curvlib.pytree import Domain, Tree, flatten
 
 
 @dataclasses.dataclass(frozen=True)
-class KLShampoo:
+class KLShampooEstimator:
     """KL-Shampoo's curvature, from a model and data or from gradients alone; see `curvlib.kl_shampoo`.
 
     Called with a model it estimates the curvature of the reduced objective ``loss`` at ``params``.
@@ -267,4 +267,4 @@ def spanned(factor: Matrix, root: Tensor) -> Tensor:
     return torch.where(dimension > 0, dimension, torch.ones_like(dimension))
 
 
-kl_shampoo = KLShampoo()
+kl_shampoo = KLShampooEstimator()

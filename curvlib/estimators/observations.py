@@ -26,7 +26,7 @@ from curvlib.estimators.statistics import Collector, Options, Pass, Statistics, 
 from curvlib.gradients.data import Batch, DataSet, batches, repeatable
 from curvlib.gradients.objective import objective_gradient
 from curvlib.gradients.plans import Plans
-from curvlib.gradients.uses import Use, in_chunks
+from curvlib.gradients.uses import WeightUse, in_chunks
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.rows import across_rows, summed
 from curvlib.layers.wide import Wide
@@ -85,13 +85,13 @@ def of_objective(
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class HeldUses:
     """The uses of a weight in one batch, a list for each stack of vectors."""
 
-    stacks: tuple[tuple[Use, ...], ...]
+    stacks: tuple[tuple[WeightUse, ...], ...]
 
-    def __add__(self, other: Held) -> Held:
-        return Held(self.stacks + other.stacks)
+    def __add__(self, other: HeldUses) -> HeldUses:
+        return HeldUses(self.stacks + other.stacks)
 
 
 class HeldCollector(Collector):
@@ -99,7 +99,7 @@ class HeldCollector(Collector):
 
     def __init__(self, now: Pass) -> None:
         self.now = now
-        self.uses: dict[Placement, list[Use]] = {}
+        self.uses: dict[Placement, list[WeightUse]] = {}
 
     def record(self, placement: Placement, layer: Layer, operand: Tensor | None, z: Tensor) -> Any:
         assert isinstance(layer, KroneckerLayer)
@@ -110,11 +110,11 @@ class HeldCollector(Collector):
         assert isinstance(layer, KroneckerLayer)
         rows, extra = kept
         g = layer.output_rows(g, extra, self.now.examples)
-        self.uses.setdefault(placement, []).append(Use(rows, g.clone(), placement.transposed))
+        self.uses.setdefault(placement, []).append(WeightUse(rows, g.clone(), placement.transposed))
 
-    def sums(self, block: Block, run: Pullback) -> Held:
+    def sums(self, block: Block, run: Pullback) -> HeldUses:
         stacks = [self.uses.pop(p) for p in block.placements if p in self.uses]
-        return Held(tuple(zip(*stacks, strict=True)))
+        return HeldUses(tuple(zip(*stacks, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Sandwiches(Moment):
     options: Options
     factored: bool = False
 
-    def of(self, block: Block, uses: Sequence[Use]) -> tuple[Tensor, ...]:
+    def of(self, block: Block, uses: Sequence[WeightUse]) -> tuple[Tensor, ...]:
         middle = self.middles[block.name]
         wide, other_wide = (wide_sides(block, self.options)[side] for side in (self.side, 1 - self.side))
         parts = []

@@ -19,7 +19,7 @@ from curvlib.capture import plan
 from curvlib.capture.engines import ModelFn
 from curvlib.errors import CaptureError, EmptyBatchError, UnusedParameterError
 from curvlib.estimators.linearization import gradient
-from curvlib.estimators.running import Formulas, LeafFn, Leaves, Replay, one_tensor, twice_differentiable
+from curvlib.estimators.running import Formulas, LeafFn, Leaves, ReplayedDraws, one_tensor, twice_differentiable
 from curvlib.pytree import Domain
 
 Weigh = Callable[[Tensor, Tensor], Tensor]  # (outputs, u) -> u, as it is pulled back in a product
@@ -50,7 +50,7 @@ class Probe:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def probe(
-    model_fn: ModelFn, domain: Domain, leaves: Leaves, inputs: Any, replay: Replay, weigh: Weigh | None = None
+    model_fn: ModelFn, domain: Domain, leaves: Leaves, inputs: Any, replay: ReplayedDraws, weigh: Weigh | None = None
 ) -> Probe:
     """Runs the model on copies of everything, and pulls a random vector back.
 
@@ -161,7 +161,7 @@ def normal(like: Tensor, *stack: int, seed: int) -> Tensor:
 
 
 def check_repeats(
-    model_fn: ModelFn, domain: Domain, leaves: Leaves, inputs: Any, replay: Replay, outputs: Tensor
+    model_fn: ModelFn, domain: Domain, leaves: Leaves, inputs: Any, replay: ReplayedDraws, outputs: Tensor
 ) -> None:
     """Refuses a model that gives other outputs when it is called again with the same draws.
 

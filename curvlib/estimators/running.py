@@ -157,7 +157,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
 # --- random numbers -------------------------------------------------------------------------------------------------
 
 
-class Replay:
+class ReplayedDraws:
     """Lets every run of a model on one batch draw the same numbers, and leaves torch's generators as they were.
 
     Args:
@@ -228,14 +228,14 @@ class Running:
         generators = [*global_generators(leaves), *own_generators(loader)]
         return cls(tuple(bytes(generator.get_state().tolist()) for generator in generators))
 
-    def replay(self, leaves: Leaves, loader: Any = None) -> Replay:
+    def replay(self, leaves: Leaves, loader: Any = None) -> ReplayedDraws:
         """A walk from the start. In a trace, and under dispatch modes, numbers are drawn as ever."""
         if not self.start or torch.compiler.is_compiling() or _get_current_dispatch_mode_stack():
-            return Replay([], [])
+            return ReplayedDraws([], [])
         states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.start]
-        return Replay([*global_generators(leaves), *own_generators(loader)], states)
+        return ReplayedDraws([*global_generators(leaves), *own_generators(loader)], states)
 
-    def on_leaves(self, model_fn: ModelFn, domain: Domain, inputs: Any, replay: Replay) -> LeafFn:
+    def on_leaves(self, model_fn: ModelFn, domain: Domain, inputs: Any, replay: ReplayedDraws) -> LeafFn:
         """The model's output as a function of the parameters' leaves."""
         given, structure = torch_pytree.tree_flatten(inputs)  # the model may change the containers too
 

@@ -51,7 +51,7 @@ from curvlib.pytree import Domain, Tree, flatten
 
 
 @dataclasses.dataclass(frozen=True)
-class Shampoo:
+class ShampooEstimator:
     """Shampoo's curvature, from a model and data or from gradients alone; see `curvlib.shampoo`.
 
     Called with a model it estimates the curvature of the reduced objective ``loss`` at ``params``.
@@ -112,7 +112,7 @@ class Shampoo:
         if per_example:
             found = self.measure(model_fn, params, batch, loss=loss, per_example=True, squared=squared, **given)
             return assemble(found, reuse=True)
-        rule = Rule(squared)
+        rule = ShampooRule(squared)
         return of_objective(model_fn, params, batch, rule.start, rule.advance, loss=loss, **given)
 
     def measure(
@@ -129,7 +129,7 @@ class Shampoo:
         engine: str | None = None,
         plan: Plan | Plans | None = None,
     ) -> Statistics:
-        """What the curvature is made of; the arguments are those of `Shampoo.__call__`.
+        """What the curvature is made of; the arguments are those of `ShampooEstimator.__call__`.
 
         Raises:
             ArgumentError: ``per_example`` is False: one gradient after the other makes a curvature that is no sum.
@@ -157,7 +157,7 @@ class Shampoo:
             grads: pytree of floating-point tensors.
             decay: b: factors begin as (1 - b) D_(i) D_(i)^T, as those of a moving average that starts from zero and as
                 those of the optimizer; after t gradients their weights add up to 1 - b^t. None: as D_(i) D_(i)^T.
-            squared: see `Shampoo.__call__`.
+            squared: see `ShampooEstimator.__call__`.
             elementwise: leaves of order one and zero have g o g on the ``diagonal``, or the ``dense`` g g^T.
             wide: what is kept of factors that are too wide to be dense, now and in updates (`WideDiagonal`,
                 `WideBlocks`, `WideLowRank`, `WideIdentity`).
@@ -172,7 +172,8 @@ class Shampoo:
         check_grads(grads)
         domain = Domain.of(grads)
         leaves, places = flatten(grads)[0], places_of_leaves(domain)
-        return begin(leaves, places, domain, Rule(squared).start, elementwise=elementwise, wide=wide, decay=decay)
+        rule = ShampooRule(squared)
+        return begin(leaves, places, domain, rule.start, elementwise=elementwise, wide=wide, decay=decay)
 
     def update(self, curv: BlockDiagonal, grads: Tree, decay: Number | None) -> BlockDiagonal:
         """The curvature after one more gradient: every factor becomes decay * F_i + (1 - decay) D_(i) D_(i)^T.
@@ -189,13 +190,13 @@ class Shampoo:
 
         def advance(block: Kronecker, gradient: Tensor, old: Number, new: Number) -> Kronecker:
             exponents = {parts_of(mode)[2] for mode in modes_of(block)}
-            return Rule(exponents == {1.0}).advance(block, gradient, old, new)
+            return ShampooRule(exponents == {1.0}).advance(block, gradient, old, new)
 
         return step(curv, grads, decay, advance)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class ShampooRule:
     """How blocks are made and updated.
 
     Attributes:
@@ -268,7 +269,7 @@ class ShampooOptions(LayerwiseOptions):
     def product(self, block: Block, sums: Totals, statistics: Statistics, *, reuse: bool) -> Kronecker:
         groups = len(block.layout.shape) - 2
         sides = [as_side(moment / statistics.divisor(), groups) for moment in sums.tensors]
-        return Rule(self.squared).of([whole(side, self.wide) for side in sides])
+        return ShampooRule(self.squared).of([whole(side, self.wide) for side in sides])
 
 
 def whole(factor: Matrix, wide: Wide) -> Matrix:
@@ -277,4 +278,4 @@ def whole(factor: Matrix, wide: Wide) -> Matrix:
     return Dense(factor.matrices()) if narrow and isinstance(factor, Diagonal) else factor
 
 
-shampoo = Shampoo()
+shampoo = ShampooEstimator()

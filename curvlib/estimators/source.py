@@ -21,14 +21,14 @@ class Slot:
     """Stands, itself, where a tensor was: a class is the same object in every copy."""
 
 
-class Frame:
+class PytreeTemplate:
     """The structure of a pytree, with those of its leaves that are not tensors: static for transforms."""
 
     def __init__(self, tree: Any) -> None:
         self.leaves, self.structure = containers.flatten(tree)
 
     @classmethod
-    def split(cls, tree: Any) -> tuple[tuple[Tensor, ...], Frame]:
+    def split(cls, tree: Any) -> tuple[tuple[Tensor, ...], PytreeTemplate]:
         """The tensors of a pytree, outside of any transform cut loose from the graph they are in, and the rest."""
         frame = cls(tree)
         tensors = tuple(leaf for leaf in frame.leaves if isinstance(leaf, Tensor))
@@ -42,7 +42,7 @@ class Frame:
         return containers.unflatten(leaves, self.structure)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Frame) and self.plain == other.plain)
+        return self is other or (isinstance(other, PytreeTemplate) and self.plain == other.plain)
 
     def __hash__(self) -> int:
         return hash(self.plain)
@@ -71,12 +71,12 @@ def cut(results: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
 
 
 @register
-class Held:
+class CachedBatch:
     """One batch, and the gradients [M, *outputs.shape] that were drawn for it, if any."""
 
     tensors: tuple[Tensor, ...]
     vectors: Tensor | None
-    frame: Frame = static()
+    frame: PytreeTemplate = static()
 
     @property
     def loader(self) -> None:
@@ -88,7 +88,7 @@ class Held:
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
+class Traversal:
     """A data set that can be walked through any number of times, drawing the same numbers each time if any."""
 
     data: DataSet
@@ -96,7 +96,7 @@ class Walk:
     device: torch.device | None
 
     @classmethod
-    def of(cls, data: DataSet, generator: torch.Generator | None) -> Walk:
+    def of(cls, data: DataSet, generator: torch.Generator | None) -> Traversal:
         """A walk whose draws are settled by one number from the generator.
 
         Raises:
@@ -127,7 +127,7 @@ class Walk:
 class Streamed:
     """A data set that is read anew for each product."""
 
-    walk: Walk = static()
+    walk: Traversal = static()
 
     @property
     def loader(self) -> Any:
@@ -141,4 +141,4 @@ class Streamed:
             yield *ordinary((inputs, targets)), generator
 
 
-Source = Held | Streamed
+Source = CachedBatch | Streamed

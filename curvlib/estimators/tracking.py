@@ -39,7 +39,7 @@ Flags = tuple[bool, ...]  # which factors are diagonal
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class DyKAFRule:
     """How blocks are made and updated; diagonal factors are columns [*, n, 1]."""
 
     integrator: str

@@ -15,7 +15,7 @@ from curvlib.errors import ArgumentError, CaptureError, CurvlibError, NonFiniteE
 from curvlib.estimators.kinds import Draws, How, Kind, SampledFisher
 from curvlib.estimators.linearization import ElementCount, Mode
 from curvlib.estimators.probe import Probe, check_used, explained, probe
-from curvlib.estimators.running import LeafFn, Leaves, Replay, Running, twice_differentiable
+from curvlib.estimators.running import LeafFn, Leaves, ReplayedDraws, Running, twice_differentiable
 from curvlib.linalg.eager import is_eager
 from curvlib.pytree import Domain, Tree, flatten
 
@@ -39,7 +39,7 @@ class Case:
     targets: Any
     draws: Draws
     running: Running
-    replay: Replay
+    replay: ReplayedDraws
 
     @property
     def leaves(self) -> Leaves:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import curvlib.layers.rows as layer_rows
 from curvlib.errors import ShapeError
-from curvlib.gradients.uses import Use, in_chunks
+from curvlib.gradients.uses import WeightUse, in_chunks
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.rows import DenseRows, OneHotRows, Rows, chunks, summed
 from curvlib.linalg.gram import writes_in_place
@@ -132,15 +132,15 @@ class RowGradients(BlockGradients):
     several: bool = static()
 
     @classmethod
-    def of(cls, uses: Sequence[Use], *, several: bool) -> RowGradients:
+    def of(cls, uses: Sequence[WeightUse], *, several: bool) -> RowGradients:
         """The gradients of a weight with these uses."""
         rows, g, transposed = zip(*((use.rows, use.g, use.transposed) for use in uses), strict=True)
         return cls(rows, g, transposed, several)
 
     @property
-    def uses(self) -> tuple[Use, ...]:
+    def uses(self) -> tuple[WeightUse, ...]:
         """The uses of the weight."""
-        return tuple(map(Use, self.rows, self.g, self.transposed))
+        return tuple(map(WeightUse, self.rows, self.g, self.transposed))
 
     def _dense(self, start: int, stop: int) -> Tensor:
         return summed([use.gradients(start, stop) for use in self.uses])
@@ -248,17 +248,17 @@ def by_position(shares: Sequence[Tensor]) -> Tensor:
 # --- one use of a weight, vectors and matrices in its own orientation ----------------------------------------------
 
 
-def oriented(use: Use, vectors: Tensor) -> Tensor:
+def oriented(use: WeightUse, vectors: Tensor) -> Tensor:
     """Vectors of a block [Q, *groups, m, n] in the orientation of a use."""
     return vectors.mT if use.transposed else vectors
 
 
-def formed(use: Use, start: int, stop: int) -> Tensor:
+def formed(use: WeightUse, start: int, stop: int) -> Tensor:
     """D_n of these examples, [K, n, (groups,) d_out, d_in]."""
     return use.rows.part(start, stop).gradients(use.g[:, start:stop])
 
 
-def inner(use: Use, vectors: Tensor) -> Tensor:
+def inner(use: WeightUse, vectors: Tensor) -> Tensor:
     """<V_q, D_n>, [K, Q, N]."""
     if inner_by_rows(use, len(vectors)):
         return in_pieces(use, vectors, lambda shares: shares.sum(-1))
@@ -269,7 +269,7 @@ def inner(use: Use, vectors: Tensor) -> Tensor:
     return torch.cat([flat @ formed(use, i, j).flatten(2).mT for i, j in chunks(use.rows.shape, use.g)], 2)
 
 
-def of_one_position(use: Use) -> bool:
+def of_one_position(use: WeightUse) -> bool:
     """Whether gradients are single products g_n a_n^T of dense rows."""
     return isinstance(use.rows, DenseRows) and use.g.shape[2:-1] == (1,)
 
@@ -288,7 +288,7 @@ def inner_of_outer(g: Tensor, a: Tensor, vectors: Tensor) -> Tensor:
     return total
 
 
-def inner_by_rows(use: Use, queries: int) -> bool:
+def inner_by_rows(use: WeightUse, queries: int) -> bool:
     """Whether inner products take fewer multiplications without the gradients, or about as many and are not wide."""
     if of_one_position(use) and queries >= WIDE:
         return False
@@ -299,12 +299,12 @@ def inner_by_rows(use: Use, queries: int) -> bool:
     return without <= several * (positions * d_out * (1 if one_hot else d_in) + queries * d_out * d_in)
 
 
-def outputs_last(use: Use) -> bool:
+def outputs_last(use: WeightUse) -> bool:
     """Whether g_t . (V a_t) takes fewer multiplications than (V^T g_t) . a_t; V a_t is shared by all vectors."""
     return len(use.g) > 1 or use.g.shape[-1] <= use.rows.shape[-1]
 
 
-def in_pieces(use: Use, vectors: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+def in_pieces(use: WeightUse, vectors: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
     """What is made of `position_shares`, of as many vectors and examples at a time as fit into memory: [K, Q, N, *]."""
     each = len(use.g) * math.prod(use.rows.shape[1:-1]) * min(use.rows.shape[-1], use.g.shape[-1])
     queries = max(1, layer_rows.GRADIENTS_AT_ONCE // max(1, each))
@@ -317,7 +317,7 @@ def in_pieces(use: Use, vectors: Tensor, finish: Callable[[Tensor], Tensor]) -> 
     return torch.cat(parts, 1)
 
 
-def position_shares(use: Use, vectors: Tensor, start: int, stop: int) -> Tensor:
+def position_shares(use: WeightUse, vectors: Tensor, start: int, stop: int) -> Tensor:
     """<V_q, g_nt a_nt^T> = g_nt . (V_q a_nt) for these examples: [K, Q, n, T]."""
     rows, g = use.rows.part(start, stop), use.g[:, start:stop]
     if isinstance(rows, OneHotRows):
@@ -330,7 +330,7 @@ def position_shares(use: Use, vectors: Tensor, start: int, stop: int) -> Tensor:
     return found.sum(3) if found.ndim == 5 else found
 
 
-def projected(use: Use, left: Tensor, right: Tensor) -> Tensor:
+def projected(use: WeightUse, left: Tensor, right: Tensor) -> Tensor:
     """L D_n R^T, [K, N, (groups,) p, q]."""
     if projected_by_rows(use, left.shape[-2], right.shape[-2]):
         return (use.g @ left.mT).mT @ mapped(use.rows, right)
@@ -343,7 +343,7 @@ def projected(use: Use, left: Tensor, right: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def projected_by_rows(use: Use, p: int, q: int) -> bool:
+def projected_by_rows(use: WeightUse, p: int, q: int) -> bool:
     """Whether a projection to [p, q] takes fewer multiplications without the gradients."""
     positions, n, m, one_hot = *use.rows.shape[-2:], use.g.shape[-1], isinstance(use.rows, OneHotRows)
     several = len(use.g)
@@ -359,7 +359,7 @@ def mapped(rows: Rows, matrix: Tensor) -> Tensor:
     return rows.values @ matrix.mT
 
 
-def squared_norms(use: Use) -> Tensor:
+def squared_norms(use: WeightUse) -> Tensor:
     """|D_n|^2 = sum_ts (g_nt . g_ns) (a_nt . a_ns), [K, N]."""
     if isinstance(use.rows, OneHotRows):
         products = (use.rows.index.unsqueeze(-1) == use.rows.index.unsqueeze(-2)).to(use.g.dtype)
@@ -369,7 +369,7 @@ def squared_norms(use: Use) -> Tensor:
     return (use.g @ use.g.mT * products).flatten(2).sum(2)
 
 
-def norms_by_rows(use: Use) -> bool:
+def norms_by_rows(use: WeightUse) -> bool:
     """Whether norms take fewer multiplications without the gradients."""
     positions, n, m, one_hot = *use.rows.shape[-2:], use.g.shape[-1], isinstance(use.rows, OneHotRows)
     several = len(use.g)

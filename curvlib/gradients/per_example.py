@@ -29,8 +29,8 @@ from curvlib.gradients.block_gradients import (
 )
 from curvlib.gradients.data import Batch, DataSet, batches
 from curvlib.gradients.plans import Plans, require_examples
-from curvlib.gradients.row_assignment import Vectors, pull_with_owners
-from curvlib.gradients.uses import Use, as_wide_as, curvature_dtype
+from curvlib.gradients.row_assignment import OutputVectors, pull_with_owners
+from curvlib.gradients.uses import WeightUse, as_wide_as, curvature_dtype
 from curvlib.layers.base import KroneckerLayer, Layer
 from curvlib.layers.elementwise import Elementwise
 from curvlib.linalg.eager import differentiable, ordinary
@@ -258,7 +258,7 @@ def gradients_under(
     examples, dtype = examples_in(inputs), curvature_dtype(params)
     if vectors != "outputs":
         loss.check(torch.empty(plan.output_shape(examples), device="meta"), targets)
-    uses: dict[Place, list[Use]] = collections.defaultdict(list)
+    uses: dict[Place, list[WeightUse]] = collections.defaultdict(list)
     elementwise: dict[Place, list[list[tuple[Region, Tensor]]]] = collections.defaultdict(list)
     transposed = {(p.site, p.layer): p.transposed for block in plan.blocks for p in block.placements}
 
@@ -272,7 +272,7 @@ def gradients_under(
             if isinstance(layer, KroneckerLayer):
                 rows, extra = part
                 held = layer.output_rows(g, extra, examples).clone()
-                uses[number, index].append(Use(rows, held, transposed[number, index]))
+                uses[number, index].append(WeightUse(rows, held, transposed[number, index]))
             elif isinstance(layer, Elementwise):
                 elementwise[number, index].append(elementwise_rows(layer, part, g, examples))
 
@@ -297,7 +297,7 @@ def gradients_under(
     return PerExampleGradients(blocks, layouts, plan.domain, examples, pulled.count if several else None)
 
 
-def pulled_back(vectors: Pulled, loss: Loss, run: Pullback, targets: Any) -> Vectors:
+def pulled_back(vectors: Pulled, loss: Loss, run: Pullback, targets: Any) -> OutputVectors:
     """The vectors for the outputs of each example."""
     outputs = run.outputs
     if vectors == "outputs":
@@ -309,20 +309,20 @@ def pulled_back(vectors: Pulled, loss: Loss, run: Pullback, targets: Any) -> Vec
             rows = torch.eye(width, dtype=outputs.dtype, device=outputs.device)[start:stop]
             return rows.reshape(-1, 1, *shape[1:]).expand(-1, *shape)
 
-        return Vectors(units, width, run.width)
+        return OutputVectors(units, width, run.width)
     check_device(targets, outputs.device)
     if vectors == "type-2":
         columns = loss.columns(outputs)
-        return Vectors(lambda start, stop: loss.sqrt_hessian(outputs, targets, start, stop), columns, run.width)
+        return OutputVectors(lambda start, stop: loss.sqrt_hessian(outputs, targets, start, stop), columns, run.width)
     gradient = loss.gradient(outputs, targets)
-    return Vectors(lambda start, stop: gradient.unsqueeze(0), 1, 1)
+    return OutputVectors(lambda start, stop: gradient.unsqueeze(0), 1, 1)
 
 
-def together(stacks: list[Use]) -> Use:
+def together(stacks: list[WeightUse]) -> WeightUse:
     """A use with the gradients of all stacks of vectors."""
     if len(stacks) == 1:
         return stacks[0]
-    return Use(stacks[0].rows, torch.cat([use.g for use in stacks]), stacks[0].transposed)
+    return WeightUse(stacks[0].rows, torch.cat([use.g for use in stacks]), stacks[0].transposed)
 
 
 def kept(layer: Layer, operand: Tensor | None, examples: int) -> Any:

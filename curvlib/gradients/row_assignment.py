@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlib.capture import Plan
 from curvlib.capture.engines import Consume, Pullback
-from curvlib.gradients.uses import Use
+from curvlib.gradients.uses import WeightUse
 from curvlib.layers.contraction import Contraction
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.loose_rows import LooseRows
@@ -47,18 +47,18 @@ class Owners:
         filled = [empty.index_put((example, place), part[order]).movedim(1, -3).flatten(-3, -2) for part in rows]
         return torch.stack(filled)
 
-    def use(self, site: int, use: Use) -> Use:
+    def use(self, site: int, use: WeightUse) -> WeightUse:
         """A use of a weight at a site, with the rows of the examples."""
         if site not in self.numbers:
             return use
         rows = use.rows.rows if isinstance(use.rows, LooseRows) else use.rows
         assert isinstance(rows, DenseRows)
         values = self.rows(site, rows.values.unsqueeze(0))[0]
-        return Use(DenseRows(values), self.rows(site, use.g), use.transposed)
+        return WeightUse(DenseRows(values), self.rows(site, use.g), use.transposed)
 
 
 @dataclasses.dataclass(frozen=True)
-class Vectors:
+class OutputVectors:
     """K vectors for the outputs of N examples, made a stack at a time.
 
     Attributes:
@@ -80,7 +80,7 @@ class Vectors:
             yield self.of(start, min(start + self.width, self.count))
 
 
-def pull_with_owners(plan: Plan, run: Pullback, vectors: Vectors, examples: int, consume: Consume) -> Owners:
+def pull_with_owners(plan: Plan, run: Pullback, vectors: OutputVectors, examples: int, consume: Consume) -> Owners:
     """Pulls vectors back to every site, and finds out whose the chosen rows are."""
     chosen = {number for number, site in enumerate(plan.sites) if site.chosen is not None}
     digits = max(examples - 1, 0).bit_length() if chosen else 0

@@ -14,16 +14,16 @@ from curvlib.pytree import Tree, flatten, register, static
 
 
 @register
-class Use:
+class WeightUse:
     """One use of a weight in one pass: rows a, gradients g [K, N, (groups,) T, d_out], and its orientation."""
 
     rows: Rows
     g: Tensor
     transposed: bool = static()
 
-    def __mul__(self, weight: float | Tensor) -> Use:
+    def __mul__(self, weight: float | Tensor) -> WeightUse:
         """Rows whose second moments have this weight."""
-        return Use(self.rows, self.g * nonnegative(weight) ** 0.5, self.transposed)
+        return WeightUse(self.rows, self.g * nonnegative(weight) ** 0.5, self.transposed)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """The part of D_n of these examples that is due to this use, in the orientation of the block."""
@@ -31,7 +31,7 @@ class Use:
         return found.mT if self.transposed else found
 
 
-def in_chunks(uses: Sequence[Use]) -> Iterator[Tensor]:
+def in_chunks(uses: Sequence[WeightUse]) -> Iterator[Tensor]:
     """D_n, added over all uses, for as many examples at a time as fit into memory."""
     for start, stop in chunks(uses[0].rows.shape, uses[0].g):
         yield summed([use.gradients(start, stop) for use in uses])

@@ -33,7 +33,7 @@ from curvlib.influence.folder import (
 )
 from curvlib.influence.index import Index
 from curvlib.influence.manifest import PROJECTION, Manifest, Recipe, Shard, block_rows, dtype_name
-from curvlib.influence.rows import Rows
+from curvlib.influence.rows import IndexRows
 from curvlib.influence.sizes import estimate_size
 from curvlib.io import save
 from curvlib.linalg.eager import is_eager
@@ -61,7 +61,7 @@ class Build:
 
     folder: Path
     recipe: Recipe
-    rows: Rows
+    rows: IndexRows
     present: dict[int, Shard]
     listed: dict[int, Shard]
     append: bool
@@ -262,7 +262,7 @@ def build(
         stored_projection(folder, recipe)
     else:
         save(projection, folder / PROJECTION)
-    rows = Rows(projection, model_fn, params, loss, dtype, Plans.of(plan))
+    rows = IndexRows(projection, model_fn, params, loss, dtype, Plans.of(plan))
     listed = dict(enumerate(former.shards))
     try:
         found = Build(folder, recipe, rows, present, listed, append).run(data, progress)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from curvlib.gradients.block_gradients import BlockGradients, RowGradients, by_position
-from curvlib.gradients.uses import Use
+from curvlib.gradients.uses import WeightUse
 from curvlib.layers.rows import GRADIENTS_AT_ONCE, DenseRows, OneHotRows, Rows, chunks, summed
 from curvlib.operators import EigenKronecker
 from curvlib.operators.bases import CanonicalBasis
 
 
-class Vectors(ABC):
+class BlockVectors(ABC):
     """Q vectors of a block, to be contracted with the gradients of examples."""
 
     @property
@@ -44,7 +44,7 @@ class Vectors(ABC):
         """The vectors as tensors."""
 
 
-class Whole(Vectors):
+class Whole(BlockVectors):
     """Vectors as tensors.
 
     Args:
@@ -68,7 +68,7 @@ class Whole(Vectors):
         return self
 
 
-class Products(Vectors):
+class Products(BlockVectors):
     """Vectors that are sums of K products, P_q = sum_k l_qk r_qk^T.
 
     Args:
@@ -101,13 +101,13 @@ class Products(Vectors):
             return self.whole().position_inner(gradients)
         return by_position([self.of_use(use, positions=True) for use in gradients.uses])
 
-    def cheaper(self, uses: Sequence[Use]) -> bool:
+    def cheaper(self, uses: Sequence[WeightUse]) -> bool:
         """Whether rows take fewer multiplications a pair than the matrices."""
         m, n = self.left.shape[-1], self.right.shape[-1]
         positions = sum(use.rows.shape[-2] for use in uses)
         return self.left.shape[-2] * positions * (m + n) < m * n
 
-    def of_use(self, use: Use, *, positions: bool) -> Tensor:
+    def of_use(self, use: WeightUse, *, positions: bool) -> Tensor:
         """[Q, N], or [Q, N, T]: the part that is due to one use of the weight."""
         left, right = (self.right, self.left) if use.transposed else (self.left, self.right)
         queries, terms = left.shape[0], left.shape[-2]
@@ -125,7 +125,7 @@ class Products(Vectors):
         return torch.cat(parts).movedim(-1, 0)
 
 
-def joined(stacks: Sequence[Vectors]) -> Vectors:
+def joined(stacks: Sequence[BlockVectors]) -> BlockVectors:
     """All vectors of a block in one stack; where some have fewer products than others, they get zeros."""
     products = [stack for stack in stacks if isinstance(stack, Products)]
     if len(products) < len(stacks):
@@ -152,7 +152,7 @@ def against(rows: Rows, matrix: Tensor) -> Tensor:
 # --- rows in a Kronecker eigenbasis --------------------------------------------------------------------------------
 
 
-def rotatable(gradients: BlockGradients, eigen: EigenKronecker) -> Use | None:
+def rotatable(gradients: BlockGradients, eigen: EigenKronecker) -> WeightUse | None:
     """The one use whose rows it takes fewer multiplications to rotate than gradients [m, n], or None."""
     if not isinstance(gradients, RowGradients) or len(gradients.uses) > 1:
         return None
@@ -163,19 +163,19 @@ def rotatable(gradients: BlockGradients, eigen: EigenKronecker) -> Use | None:
     return use if use.rows.shape[-2] * (m**2 + n**2) <= m * n * (m + n) else None
 
 
-def rotated(eigen: EigenKronecker, use: Use) -> Use:
+def rotated(eigen: EigenKronecker, use: WeightUse) -> WeightUse:
     """The use in the coordinates of the eigenbasis."""
     left, right = (eigen.right, eigen.left) if use.transposed else (eigen.left, eigen.right)
-    return Use(use.rows.in_basis(right, use.g), left.analyse_right(use.g), use.transposed)
+    return WeightUse(use.rows.in_basis(right, use.g), left.analyse_right(use.g), use.transposed)
 
 
-def product(eigen: EigenKronecker, use: Use, start: int, stop: int) -> Tensor:
+def product(eigen: EigenKronecker, use: WeightUse, start: int, stop: int) -> Tensor:
     """The operator applied to the gradients of these examples: [n, *shape]."""
-    part = rotated(eigen, Use(use.rows.part(start, stop), use.g[:, start:stop], use.transposed))
+    part = rotated(eigen, WeightUse(use.rows.part(start, stop), use.g[:, start:stop], use.transposed))
     return eigen.synthesise(eigen.spread(eigen.values) * part.gradients(0, stop - start)[0])
 
 
-def quadratic(eigen: EigenKronecker, use: Use) -> Tensor:
+def quadratic(eigen: EigenKronecker, use: WeightUse) -> Tensor:
     """sum_ij l_ij (Q_L^T D_n Q_R)_ij^2 for every example: [N]."""
     values, use = eigen.spread(eigen.values), rotated(eigen, use)
     if isinstance(use.rows, DenseRows) and use.rows.shape[-2] == 1:  # (g a^T) o (g a^T) = (g o g) (a o a)^T

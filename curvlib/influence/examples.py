@@ -23,7 +23,7 @@ from curvlib.influence.fingerprints import named
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class SelectedExamples:
     """Some examples of a data set.
 
     Args:
@@ -41,7 +41,7 @@ class Examples:
     kind: tuple[str, ...]
 
     @classmethod
-    def of(cls, inputs: Any, targets: Any) -> Examples:
+    def of(cls, inputs: Any, targets: Any) -> SelectedExamples:
         """The examples of a batch.
 
         Raises:
@@ -62,7 +62,7 @@ class Examples:
         )
         return cls(tuple(leaves), own, structure, count, (str(structure), *each))
 
-    def part(self, start: int, stop: int) -> Examples:
+    def part(self, start: int, stop: int) -> SelectedExamples:
         """Examples ``start`` to ``stop``."""
         leaves = tuple(x[start:stop] if rows else x for x, rows in zip(self.leaves, self.own, strict=True))
         return dataclasses.replace(self, leaves=leaves, count=stop - start)
@@ -74,7 +74,7 @@ class Examples:
         return inputs, targets
 
 
-def joined(parts: Sequence[Examples]) -> Examples:
+def joined(parts: Sequence[SelectedExamples]) -> SelectedExamples:
     """Examples of one kind as one batch.
 
     Even a single part is copied: where tensors lie in memory may decide how products of them are rounded.
@@ -89,7 +89,7 @@ class Group:
     """Examples whose gradients are taken together; ``start`` is the number of the first one in the data."""
 
     start: int
-    examples: Examples
+    examples: SelectedExamples
 
 
 def groups(data: Batch | DataSet, batch_size: int, shard_size: int) -> Iterator[Group]:
@@ -101,9 +101,9 @@ def groups(data: Batch | DataSet, batch_size: int, shard_size: int) -> Iterator[
         ArgumentError: a batch is not a pair (inputs, targets), or its targets do not have one row an example.
         EmptyBatchError: there is no example.
     """
-    start, held = 0, list[Examples]()
+    start, held = 0, list[SelectedExamples]()
     for inputs, targets in batches(data):
-        rest = Examples.of(inputs, targets)
+        rest = SelectedExamples.of(inputs, targets)
         while rest.count:
             if held and held[0].kind != rest.kind:
                 yield Group(start, joined(held))
@@ -136,7 +136,7 @@ class Record:
         self.kinds = hashlib.sha256()
         self.columns: list[Any] = []
 
-    def add(self, examples: Examples) -> None:
+    def add(self, examples: SelectedExamples) -> None:
         """Adds examples at the end."""
         left = examples.count if self.checkpoint is None else self.checkpoint - self.count
         if 0 < left < examples.count:

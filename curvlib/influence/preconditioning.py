@@ -13,7 +13,7 @@ from curvlib.errors import ArgumentError, CaptureError, PytreeError
 from curvlib.gradients.block_gradients import BlockGradients, RowGradients
 from curvlib.gradients.data import Batch, DataSet, repeatable
 from curvlib.gradients.per_example import PerExampleGradients
-from curvlib.influence.contractions import Products, Vectors, Whole, joined, product, quadratic, rotatable
+from curvlib.influence.contractions import BlockVectors, Products, Whole, joined, product, quadratic, rotatable
 from curvlib.layers.rows import DenseRows
 from curvlib.operators import BlockDiagonal, EigenKronecker, Kronecker, Operator
 from curvlib.operators.blocks import Layouts
@@ -60,20 +60,20 @@ def apply(inverse: Inverse, vectors: Tree, domain: Domain) -> Tree:
     return domain.tree([torch.stack(column) for column in zip(*images, strict=True)])
 
 
-def in_blocks(vectors: Tree, gradients: PerExampleGradients) -> dict[str, Vectors]:
+def in_blocks(vectors: Tree, gradients: PerExampleGradients) -> dict[str, BlockVectors]:
     """Stacked vectors as tensors of the blocks that the gradients have."""
     leaves = gradients.domain.leaves(vectors, 1)
     return {name: Whole(layout.gather(leaves)) for name, layout in gradients.layouts}
 
 
-def preconditioned(inverse: Inverse, gradients: PerExampleGradients, start: int, stop: int) -> dict[str, Vectors]:
+def preconditioned(inverse: Inverse, gradients: PerExampleGradients, start: int, stop: int) -> dict[str, BlockVectors]:
     """The inverse applied to the gradients of these examples."""
     if not isinstance(inverse, BlockDiagonal) or inverse.layouts != gradients.layouts:
         return in_blocks(apply(inverse, gradients.tree(start, stop), gradients.domain), gradients)
     return {name: of_block(block, gradients.blocks[name], start, stop) for name, _, block in inverse.items()}
 
 
-def of_block(block: Operator, gradients: BlockGradients, start: int, stop: int) -> Vectors:
+def of_block(block: Operator, gradients: BlockGradients, start: int, stop: int) -> BlockVectors:
     """A block of the inverse applied to gradients.
 
     A Kronecker product G (x) A takes the rows of D = sum_t g_t a_t^T one by one: G D A = sum_t (G g_t) (A a_t)^T.
@@ -92,7 +92,7 @@ def of_block(block: Operator, gradients: BlockGradients, start: int, stop: int) 
     return Whole(block.matmat(gradients.dense(start, stop)))
 
 
-def of_rank(vectors: Vectors, rank: int) -> Vectors:
+def of_rank(vectors: BlockVectors, rank: int) -> BlockVectors:
     """The best approximations of rank k (Eckart & Young 1936), where k (m + n) < m n: others are kept."""
     if isinstance(vectors, Products) and vectors.left.shape[-2] <= rank:
         return vectors
@@ -136,13 +136,13 @@ def form_of_block(block: Operator, gradients: BlockGradients, batch: PerExampleG
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class HeldQueries:
     """Preconditioned gradients of some queries, by block."""
 
     layouts: Layouts
-    vectors: dict[str, Vectors]
+    vectors: dict[str, BlockVectors]
 
-    def fitting(self, gradients: PerExampleGradients) -> dict[str, Vectors]:
+    def fitting(self, gradients: PerExampleGradients) -> dict[str, BlockVectors]:
         """The vectors, for gradients of the same blocks.
 
         Raises:
@@ -161,14 +161,14 @@ def stacks(
     train: Batch | DataSet,
     query_batch: int | None,
     rank: int | None,
-) -> Iterator[Held]:
+) -> Iterator[HeldQueries]:
     """Preconditioned gradients of the queries, as many at a time as may be held against one reading of the data."""
     layouts: Layouts = ()
-    waiting: list[dict[str, Vectors]] = []
+    waiting: list[dict[str, BlockVectors]] = []
     count, elements = 0, 0
     for gradients in source:
         if waiting:
-            Held(layouts, {}).fitting(gradients)
+            HeldQueries(layouts, {}).fitting(gradients)
         layouts = gradients.layouts
         for start, stop in gradients.ranges(query_batch):
             found = preconditioned(inverse, gradients, start, stop)
@@ -185,6 +185,6 @@ def stacks(
     yield held_together(layouts, waiting)
 
 
-def held_together(layouts: Layouts, parts: list[dict[str, Vectors]]) -> Held:
+def held_together(layouts: Layouts, parts: list[dict[str, BlockVectors]]) -> HeldQueries:
     """All vectors of a block in one stack."""
-    return Held(layouts, {name: joined([part[name] for part in parts]) for name, _ in layouts})
+    return HeldQueries(layouts, {name: joined([part[name] for part in parts]) for name, _ in layouts})

@@ -11,7 +11,7 @@ from curvlib.capture.engines import ModelFn
 from curvlib.errors import NonFiniteError
 from curvlib.gradients.per_example import gradients_under
 from curvlib.gradients.plans import Plans
-from curvlib.influence.examples import Examples
+from curvlib.influence.examples import SelectedExamples
 from curvlib.influence.manifest import block_rows
 from curvlib.losses import Loss
 from curvlib.operators import Projection
@@ -19,7 +19,7 @@ from curvlib.pytree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class IndexRows:
     """Makes the rows of examples: their blocks' sketches side by side.
 
     Args:
@@ -38,7 +38,7 @@ class Rows:
     dtype: torch.dtype
     plans: Plans
 
-    def of(self, examples: Examples, start: int) -> Tensor:
+    def of(self, examples: SelectedExamples, start: int) -> Tensor:
         """The rows [n, width], on the CPU; ``start`` is the number of the first example.
 
         Raises:

@@ -16,7 +16,7 @@ from curvlib.errors import ArgumentError, ShapeError, naming
 from curvlib.gradients.data import Batch, DataSet, check_order
 from curvlib.gradients.per_example import PerExampleGradients
 from curvlib.gradients.plans import Plans
-from curvlib.influence.contractions import Vectors
+from curvlib.influence.contractions import BlockVectors
 from curvlib.influence.preconditioning import Inverse, apply, check_inverse, in_blocks, quadratic_forms, stacks
 from curvlib.influence.source import Source
 from curvlib.layers.rows import summed
@@ -34,7 +34,7 @@ class Wanted:
     by_block: bool
     per_token: bool
 
-    def of(self, vectors: dict[str, Vectors], gradients: PerExampleGradients) -> Scores:
+    def of(self, vectors: dict[str, BlockVectors], gradients: PerExampleGradients) -> Scores:
         """The scores of the examples of one batch: [Q, N], or [Q, N, T]."""
         found = {}
         for name, stack in vectors.items():
@@ -48,7 +48,7 @@ class Wanted:
         return summed(list(found.values()))
 
     def over(
-        self, batches: Iterable[PerExampleGradients], vectors: Callable[[PerExampleGradients], dict[str, Vectors]]
+        self, batches: Iterable[PerExampleGradients], vectors: Callable[[PerExampleGradients], dict[str, BlockVectors]]
     ) -> Scores:
         """The scores of all examples."""
         parts = [self.of(vectors(gradients), gradients) for gradients in batches]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.layers.rows import Rows, groups_first, mean_row
-from curvlib.layers.wide import Moment, Wide
+from curvlib.layers.wide import CompressedMoment, Wide
 from curvlib.linalg.gram import augmented_gram, full_precision, gram
 from curvlib.operators.layout import Layout, Region
 
@@ -112,7 +112,7 @@ class KroneckerLayer(Layer):
     @abstractmethod
     def input_factor(
         self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
-    ) -> tuple[Tensor | Moment, Tensor]:
+    ) -> tuple[Tensor | CompressedMoment, Tensor]:
         """Sum of a a^T over the rows that count, and their number.
 
         Args:
@@ -139,7 +139,9 @@ class KroneckerLayer(Layer):
         """Gradients [K, *z.shape] -> rows g [K, N, (groups,) T, d_out]."""
 
     @abstractmethod
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
+    def output_factor(
+        self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide
+    ) -> Tensor | CompressedMoment:
         """Sum of g g^T over K vectors, N examples and (expand) T positions: [*groups, d_out, d_out] or diagonal."""
 
 
@@ -157,7 +159,7 @@ def positions_that_count(mask: Tensor | None, examples: int, positions: int) -> 
     return mask
 
 
-def second_moment(rows: Tensor, weights: Tensor | None, wide: Wide, *, augmented: bool) -> Tensor | Moment:
+def second_moment(rows: Tensor, weights: Tensor | None, wide: Wide, *, augmented: bool) -> Tensor | CompressedMoment:
     """Sum of a a^T over rows [*groups, n, d], a = [row; 1] if augmented, with weights 0 or 1."""
     if rows.shape[-2] == 0:
         return wide.zero(tuple(rows.shape[:-2]), rows.shape[-1] + augmented, full_precision(rows))
@@ -168,7 +170,7 @@ def second_moment(rows: Tensor, weights: Tensor | None, wide: Wide, *, augmented
     return wide.moment(rows if weights is None else rows * weights.unsqueeze(-1))
 
 
-def output_moment(rows: Tensor, sharing: str, wide: Wide) -> Tensor | Moment:
+def output_moment(rows: Tensor, sharing: str, wide: Wide) -> Tensor | CompressedMoment:
     """`KroneckerLayer.output_factor` from rows g [K, N, (groups,) T, d]."""
     if sharing == "reduce":
         rows = rows.sum(-2, keepdim=True)
@@ -177,7 +179,7 @@ def output_moment(rows: Tensor, sharing: str, wide: Wide) -> Tensor | Moment:
 
 def input_moment(
     rows: Tensor, sharing: str, mask: Tensor | None, wide: Wide, *, augmented: bool
-) -> tuple[Tensor | Moment, Tensor]:
+) -> tuple[Tensor | CompressedMoment, Tensor]:
     """`KroneckerLayer.input_factor` from rows a [N, (groups,) T, d]."""
     examples, positions = rows.shape[0], rows.shape[-2]
     counted = positions_that_count(mask, examples, positions)

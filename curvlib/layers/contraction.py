@@ -17,7 +17,7 @@ from curvlib.layers.base import VARIES, Axes, Entries, KroneckerLayer, Layer, in
 from curvlib.layers.elementwise import Elementwise
 from curvlib.layers.loose_rows import LooseRows
 from curvlib.layers.rows import DenseRows, Rows
-from curvlib.layers.wide import Moment, Wide
+from curvlib.layers.wide import CompressedMoment, Wide
 from curvlib.operators.layout import Region
 
 
@@ -40,7 +40,7 @@ class Contraction(KroneckerLayer):
 
     def input_factor(
         self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
-    ) -> tuple[Tensor | Moment, Tensor]:
+    ) -> tuple[Tensor | CompressedMoment, Tensor]:
         rows = self.input_rows(x, examples)
         return input_moment(rows, sharing, mask, wide, augmented=self.bias is not None)
 
@@ -54,7 +54,9 @@ class Contraction(KroneckerLayer):
     def output_rows(self, g: Tensor, kept: Tensor | None, examples: int) -> Tensor:
         return self.output_axes.rows(g, examples, leading=1)
 
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
+    def output_factor(
+        self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide
+    ) -> Tensor | CompressedMoment:
         return output_moment(self.output_rows(g, kept, examples), sharing, wide)
 
     def split(self) -> tuple[KroneckerLayer, Layer]:

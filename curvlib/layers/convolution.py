@@ -14,7 +14,7 @@ from curvlib.layers.base import Axes, KroneckerLayer, Layer, input_moment, outpu
 from curvlib.layers.contraction import bias_shift
 from curvlib.layers.rows import DenseRows, Rows
 from curvlib.layers.table import Inspection, Use, entry
-from curvlib.layers.wide import Moment, Wide
+from curvlib.layers.wide import CompressedMoment, Wide
 from curvlib.linalg.patch_gram import patch_gram, patches
 from curvlib.operators.layout import Region
 
@@ -83,7 +83,7 @@ class Convolution(KroneckerLayer):
 
     def input_factor(
         self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
-    ) -> tuple[Tensor | Moment, Tensor]:
+    ) -> tuple[Tensor | CompressedMoment, Tensor]:
         augmented = self.bias is not None
         images = None if mask is None else mask.reshape(examples, -1).any(1)
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
@@ -103,7 +103,9 @@ class Convolution(KroneckerLayer):
             g = g.unflatten(2, (self.groups, -1))
         return self.output_axes.rows(g, examples, leading=1)
 
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
+    def output_factor(
+        self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide
+    ) -> Tensor | CompressedMoment:
         positions, width = math.prod(g.shape[3:]), g.shape[2] // self.groups
         if sharing == "reduce" or width > wide.above or positions < width:
             return output_moment(self.output_rows(g, kept, examples), sharing, wide)

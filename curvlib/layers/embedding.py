@@ -12,7 +12,7 @@ from curvlib.errors import CaptureError
 from curvlib.layers.base import Axes, KroneckerLayer, Layer, output_moment, positions_that_count, second_moment
 from curvlib.layers.rows import OneHotRows, Rows
 from curvlib.layers.table import Inspection, Use, entry
-from curvlib.layers.wide import Moment, Wide
+from curvlib.layers.wide import CompressedMoment, Wide
 from curvlib.operators.layout import Region
 
 
@@ -44,7 +44,7 @@ class Embedding(KroneckerLayer):
 
     def input_factor(
         self, x: Tensor, examples: int, sharing: str, mask: Tensor | None, wide: Wide
-    ) -> tuple[Tensor | Moment, Tensor]:
+    ) -> tuple[Tensor | CompressedMoment, Tensor]:
         index = self.index_axes.rows(x, examples).squeeze(-1)  # [N, T]
         counted = positions_that_count(mask, *index.shape)
         if self.padding_index is not None:
@@ -63,7 +63,9 @@ class Embedding(KroneckerLayer):
         rows = self.output_axes.rows(g, examples, leading=1)
         return rows if kept is None else rows * kept.unsqueeze(-1)
 
-    def output_factor(self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide) -> Tensor | Moment:
+    def output_factor(
+        self, g: Tensor, kept: Tensor | None, examples: int, sharing: str, wide: Wide
+    ) -> Tensor | CompressedMoment:
         return output_moment(self.output_rows(g, kept, examples), sharing, wide)
 
 

@@ -24,7 +24,7 @@ from curvlib.operators.block_side import block_runs, cut_columns
 from curvlib.pytree import register, static
 
 
-class Moment(ABC):
+class CompressedMoment(ABC):
     """A sum of outer products over rows that is kept in less than a dense matrix; moments add up over batches."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ def nonnegative(weight: float | Tensor) -> float | Tensor:
 
 
 @register
-class LowRankMoment(Moment):
+class LowRankMoment(CompressedMoment):
     """The leading eigenpairs of a sum of outer products, and the mean of the others."""
 
     vectors: Tensor
@@ -88,7 +88,7 @@ class LowRankMoment(Moment):
 
 
 @register
-class BlockMoment(Moment):
+class BlockMoment(CompressedMoment):
     """The diagonal blocks of a sum of outer products: stacks [*, b, w, w] of blocks of equal width."""
 
     stacks: tuple[Tensor, ...]
@@ -110,7 +110,7 @@ class BlockMoment(Moment):
 
 
 @register
-class IsotropicMoment(Moment):
+class IsotropicMoment(CompressedMoment):
     """The trace of a sum of outer products, spread over all directions."""
 
     trace: Tensor
@@ -145,9 +145,9 @@ def announce(width: int, above: int) -> None:
     )
 
 
-def as_side(moment: Tensor | Moment, groups: int) -> Matrix:
+def as_side(moment: Tensor | CompressedMoment, groups: int) -> Matrix:
     """A moment [*groups, d, d], its diagonal [*groups, d], or what stands for it, as a side of a Kronecker product."""
-    if isinstance(moment, Moment):
+    if isinstance(moment, CompressedMoment):
         return moment.side()
     return Dense(moment) if moment.ndim == groups + 2 else Diagonal(moment)
 
@@ -158,10 +158,10 @@ class Wide(ABC):
     above: int
 
     @abstractmethod
-    def moment(self, rows: Tensor) -> Tensor | Moment:
+    def moment(self, rows: Tensor) -> Tensor | CompressedMoment:
         """The sum of outer products of rows [*groups, n, d], in less than d x d numbers."""
 
-    def zero(self, groups: tuple[int, ...], width: int, like: Tensor) -> Tensor | Moment:
+    def zero(self, groups: tuple[int, ...], width: int, like: Tensor) -> Tensor | CompressedMoment:
         """The moment of no rows."""
         if width <= self.above:
             return like.new_zeros(*groups, width, width)

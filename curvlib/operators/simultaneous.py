@@ -154,14 +154,14 @@ def dual(basis: Columns) -> Columns:
 # --- frames ---------------------------------------------------------------------------------------------------------
 
 
-class Frame(NamedTuple):
+class JointEigenbasis(NamedTuple):
     """The columns W in which sides are diagonal, or nearly so."""
 
     basis: Columns
     orthonormal: bool
 
 
-def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | None:
+def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> JointEigenbasis | None:
     """A basis in which two sides are diagonal, and more than two nearly.
 
     The mean of the sides, each divided by its trace, is the metric; damping, in units of its mean eigenvalue, is added
@@ -174,12 +174,12 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
         blocks have nothing but a dense matrix in common.
     """
     if all(map(is_diagonal, sides)):
-        return Frame(CanonicalBasis(sides[0].shape[-1]), True)
+        return JointEigenbasis(CanonicalBasis(sides[0].shape[-1]), True)
     varying = {id(side): side for side in sides if not isinstance(side, ScaledIdentity)}
     if len(varying) == 1:
         basis = next(iter(varying.values())).eigen().basis
         if isinstance(basis, Columns):
-            return Frame(basis, True)
+            return JointEigenbasis(basis, True)
     runs = {found for found in map(block_runs_of, sides) if found is not None}
     if runs and not any(map(is_dense, sides)):
         shared = len(runs) == 1 and all(is_diagonal(side) or block_runs_of(side) for side in sides)
@@ -197,7 +197,7 @@ def frame(sides: Sequence[Matrix], damping: float | Tensor = 0.0) -> Frame | Non
     vectors = torch.linalg.solve_triangular(lower.mT, eigh(principal(whitened))[1], upper=True)
     if is_eager() and not bool((congruence_error(metric, vectors) < 0.01).all()):
         return None
-    return Frame(OrthogonalBasis(vectors), False)
+    return JointEigenbasis(OrthogonalBasis(vectors), False)
 
 
 def congruence_error(metric: Tensor, vectors: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def is_diagonal(side: Matrix) -> bool:
     return canonical or isinstance(side, (Diagonal, ScaledIdentity))
 
 
-def block_frame(sides: Sequence[Matrix], runs: Runs, damping: float | Tensor) -> Frame | None:
+def block_frame(sides: Sequence[Matrix], runs: Runs, damping: float | Tensor) -> JointEigenbasis | None:
     """A frame for every block of sides that are zero outside of the blocks."""
     stacks = []
     for blocks in zip(*(diagonal_blocks(side, runs) for side in sides), strict=True):
@@ -226,7 +226,7 @@ def block_frame(sides: Sequence[Matrix], runs: Runs, damping: float | Tensor) ->
         if found is None or not isinstance(found.basis, OrthogonalBasis):
             return None
         stacks.append(found.basis.vectors)
-    return Frame(BlockBasis(tuple(stacks)), False)
+    return JointEigenbasis(BlockBasis(tuple(stacks)), False)
 
 
 def principal(differences: Tensor) -> Tensor:
@@ -243,7 +243,9 @@ def principal(differences: Tensor) -> Tensor:
 # --- inverses -------------------------------------------------------------------------------------------------------
 
 
-def frames(products: Sequence[Kronecker], damping: float | Tensor = 0.0) -> tuple[Frame, Frame] | None:
+def frames(
+    products: Sequence[Kronecker], damping: float | Tensor = 0.0
+) -> tuple[JointEigenbasis, JointEigenbasis] | None:
     """A frame for the left sides and one for the right ones."""
     left = frame([product.left for product in products], damping)
     right = frame([product.right for product in products], damping) if left is not None else None

@@ -22,7 +22,7 @@ from curvlib.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class TruncationRule:
     """How many eigenpairs to keep: a number, or a share of the trace."""
 
     rank: int | None
@@ -50,10 +50,10 @@ class Rule:
 
 def truncate(curv: Operator, rank: int | None, energy: float | None) -> Operator:
     """`Operator.truncate`, by class."""
-    return truncated(curv, Rule(rank, energy))
+    return truncated(curv, TruncationRule(rank, energy))
 
 
-def truncated(curv: Operator, rule: Rule) -> Operator:
+def truncated(curv: Operator, rule: TruncationRule) -> Operator:
     """An operator truncated by a rule.
 
     Raises:
@@ -76,7 +76,7 @@ def truncated(curv: Operator, rule: Rule) -> Operator:
     raise ArgumentError(f"a {type(curv).__name__} cannot be truncated; truncate the operator that it is made from")
 
 
-def truncated_matrix(side: Matrix, rule: Rule) -> Matrix:
+def truncated_matrix(side: Matrix, rule: TruncationRule) -> Matrix:
     """A matrix truncated by a rule; one that is diagonal, or of that rank already, as it is."""
     eigen = side.eigen()
     basis, values = coarsened(eigen.basis, eigen.values.unsqueeze(-2), eigen.values, rule)
@@ -88,7 +88,7 @@ def truncated_matrix(side: Matrix, rule: Rule) -> Matrix:
     return side
 
 
-def coarsened(basis: Basis, values: Tensor, shares: Tensor, rule: Rule) -> tuple[Basis, Tensor]:
+def coarsened(basis: Basis, values: Tensor, shares: Tensor, rule: TruncationRule) -> tuple[Basis, Tensor]:
     """The vectors with the largest shares of the trace, and the rest; values [*, m, r] are averaged over the latter.
 
     Args:

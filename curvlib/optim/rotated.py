@@ -31,7 +31,7 @@ from curvlib.factors.rule import FactorRule, Factors, Observation
 from curvlib.linalg.gram import writes_in_place
 from curvlib.optim.refresh import Refresh
 from curvlib.optim.second_moments import FullMoment, Moment, SecondMoment, Transport
-from curvlib.optim.shapes import Bucket, Layout, Shapes
+from curvlib.optim.shapes import Bucket, Shapes, StackLayout
 from curvlib.optim.transformation import PerLeaf, first_step, gradients_like, number_of, own_state
 from curvlib.optim.turns import Turn, check, chosen, refreshed, started
 from curvlib.pytree import Domain, Tree, flatten, names, register, unflatten
@@ -108,7 +108,7 @@ class RotatedAdam:
         """
         domain = Domain.of(params)
         leaves = flatten(params)[0]
-        layout = Layout.of(leaves, self.shapes)
+        layout = StackLayout.of(leaves, self.shapes)
         pairs = zip(layout.buckets, layout.stacks(leaves), strict=True)
         stacks = [self.fresh(bucket, domain.names[bucket.blocks[0].leaf], stack) for bucket, stack in pairs]
         return RotatedState(first_step(), first_step(), *layout.scattered(stacks))
@@ -144,7 +144,7 @@ class RotatedAdam:
             NonFiniteError: a basis could not be refreshed three times in a row.
         """
         leaves, structure = gradients_like(grads, own_state(state, RotatedState, self.name).first, params)
-        layout = Layout.of(leaves, self.shapes, state.first)
+        layout = StackLayout.of(leaves, self.shapes, state.first)
         count, seen = number_of(state.count, step), state.count + 1
         updates, stacks, gathered = [], [], layout.gathered(state.columns)
         for bucket, old, gradient in zip(layout.buckets, gathered, layout.stacks(leaves), strict=True):
@@ -222,7 +222,7 @@ class RotatedAdam:
         return direction, RotatedStack(first, second, factors, old.bases, old.failures)
 
     def refreshed(
-        self, layout: Layout, stacks: list[RotatedStack], count: int, leaves: Sequence[str], refreshes: Tensor
+        self, layout: StackLayout, stacks: list[RotatedStack], count: int, leaves: Sequence[str], refreshes: Tensor
     ) -> list[RotatedStack]:
         """The stacks in new bases; ``leaves``: names, ``refreshes``: how many there were, with this one."""
         first = count == self.first_turn

@@ -16,7 +16,7 @@ from curvlib.factors.shampoo import ShampooFactors
 from curvlib.linalg.roots import inverse_root, resolution, root_residual
 from curvlib.optim.arguments import above_zero, at_least_zero, below_one
 from curvlib.optim.refresh import Every, Refresh
-from curvlib.optim.shapes import Bucket, Layout, Shapes
+from curvlib.optim.shapes import Bucket, Shapes, StackLayout
 from curvlib.optim.transformation import (
     GradientTransformation,
     PerLeaf,
@@ -164,7 +164,7 @@ class Preconditioner:
         """The state before the first gradient."""
         Domain.of(params)  # refuses what is no parameter
         leaves, stacks = flatten(params)[0], []
-        layout = Layout.of(leaves, self.shapes)
+        layout = StackLayout.of(leaves, self.shapes)
         for bucket, stack in zip(layout.buckets, layout.stacks(leaves), strict=True):
             factors = RULE.empty(stack, bucket.modes)
             squares = stack.new_zeros(len(stack), 0) if bucket.modes else torch.zeros_like(stack)
@@ -187,7 +187,7 @@ class Preconditioner:
         """
         known = own_state(state, ShampooState, "scale_by_shampoo").failures
         leaves, structure = gradients_like(grads, known, params)
-        layout = Layout.of(leaves, self.shapes, state.squares)
+        layout = StackLayout.of(leaves, self.shapes, state.squares)
         count, seen = number_of(state.count, step), state.count + 1
         active = count > self.start_step
         due = active and (count == self.start_step + 1 or self.refresh.due(count))

@@ -92,7 +92,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Block:
+class LeafBlock:
     """One block of a leaf.
 
     Args:
@@ -120,7 +120,7 @@ class Bucket:
 
     shape: Shape
     modes: tuple[int, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[LeafBlock, ...]
     concatenated: bool
     dtype: torch.dtype
 
@@ -140,7 +140,7 @@ class Stack(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class StackLayout:
     """Where every element of the leaves of a pytree lies in the stacks. Static and hashable.
 
     Args:
@@ -150,7 +150,7 @@ class Layout:
 
     Example:
         >>> leaves = [torch.zeros(4, 3), torch.zeros(3), torch.zeros(4, 3), torch.zeros(())]
-        >>> layout = Layout.of(leaves, Shapes())
+        >>> layout = StackLayout.of(leaves, Shapes())
         >>> [(bucket.shape, bucket.modes) for bucket in layout.buckets]
         [((4, 3), (0, 1)), ((4,), ())]
         >>> [stack.shape for stack in layout.stacks(leaves)]
@@ -162,7 +162,7 @@ class Layout:
     buckets: tuple[Bucket, ...]
 
     @classmethod
-    def of(cls, leaves: Sequence[Tensor], how: Shapes, known: PerLeaf | None = None) -> Layout:
+    def of(cls, leaves: Sequence[Tensor], how: Shapes, known: PerLeaf | None = None) -> StackLayout:
         """The layout of parameters, or of gradients with the dtypes and devices of what a state knows of them."""
         like = leaves if known is None else [entry[0] if type(entry) is tuple else entry for entry in known.entries]
         kinds = tuple(
@@ -248,17 +248,18 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=256)
-def layout_of(kinds: tuple[Kind, ...], how: Shapes) -> Layout:
+def layout_of(kinds: tuple[Kind, ...], how: Shapes) -> StackLayout:
     """The layout of leaves of these kinds."""
     pieces: list[tuple[Shape, ...]] = []
-    members: dict[tuple[Shape | None, torch.dtype, torch.device], list[Block]] = {}
+    members: dict[tuple[Shape | None, torch.dtype, torch.device], list[LeafBlock]] = {}
     for i, (shape, dtype, device) in enumerate(kinds):
         cuts = tuple(map(how.cut, how.merged(shape)))
         blocks: list[Shape | None] = list(itertools.product(*cuts))
         if len(shape) < 2 or not any(how.modes(block) for block in blocks if block is not None):
             cuts, blocks = ((math.prod(shape),),), [None]
         for number, (start, block) in enumerate(zip(itertools.product(*map(starts, cuts)), blocks, strict=True)):
-            members.setdefault((block, dtype, device), []).append(Block(i, number if len(blocks) > 1 else None, start))
+            part = LeafBlock(i, number if len(blocks) > 1 else None, start)
+            members.setdefault((block, dtype, device), []).append(part)
         pieces.append(cuts)
     buckets = []
     for (block, dtype, _), group in members.items():
@@ -267,10 +268,10 @@ def layout_of(kinds: tuple[Kind, ...], how: Shapes) -> Layout:
             buckets.append(Bucket((length,), (), tuple(group), True, dtype))
         else:
             buckets.append(Bucket(block, how.modes(block), tuple(group), False, dtype))
-    return Layout(tuple(shape for shape, _, _ in kinds), tuple(pieces), tuple(buckets))
+    return StackLayout(tuple(shape for shape, _, _ in kinds), tuple(pieces), tuple(buckets))
 
 
-def entry_of(column: PerLeaf, block: Block) -> Any:
+def entry_of(column: PerLeaf, block: LeafBlock) -> Any:
     """The entry of a block."""
     entry = column.entries[block.leaf]
     return entry if block.number is None else entry[block.number]

@@ -77,11 +77,11 @@ def check_curvature(
     if of not in ("ggn", "empirical"):
         raise ArgumentError(f"of must be ggn or empirical, got {of!r}")
     name = getattr(estimator, "__name__", type(estimator).__name__)
-    estimate = Estimate(estimator, model_fn, params, batch, loss, tolerance)
+    estimate = EstimatorChecks(estimator, model_fn, params, batch, loss, tolerance)
     return check_all(name, estimate.properties(exact, of))
 
 
-class Estimate:
+class EstimatorChecks:
     """An estimator and what it is called with."""
 
     def __init__(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import curvlib.optim as optim
 from curvlib.errors import ArgumentError, ShapeError
 from curvlib.factors.axes import along, mode_product, mode_rows, outer
-from curvlib.optim.shapes import Layout, Shapes
+from curvlib.optim.shapes import Shapes, StackLayout
 from curvlib.pytree import flatten, tree_map
 
 shapes_of_leaves = st.lists(st.lists(st.integers(1, 7), max_size=4).map(tuple), min_size=1, max_size=5)
@@ -29,7 +29,7 @@ options = st.builds(
 @given(leaves=shapes_of_leaves, how=options)
 def test_stacks_hold_every_element_once_and_give_the_leaves_back(leaves: list[tuple[int, ...]], how: Shapes) -> None:
     params = [torch.randn(shape, dtype=torch.float64) for shape in leaves]
-    layout = Layout.of(params, how)
+    layout = StackLayout.of(params, how)
     stacks = list(layout.stacks(params))
     assert sum(stack.numel() for stack in stacks) == sum(math.prod(shape) for shape in leaves)
     for bucket, stack in zip(layout.buckets, stacks, strict=True):
@@ -57,19 +57,19 @@ def test_small_dimensions_are_merged_from_the_last_one_on(
 
 def test_leaves_of_one_shape_share_a_stack_and_others_are_concatenated() -> None:
     params = [torch.zeros(shape) for shape in ((4, 3), (2,), (4, 3), (), (9, 9))]
-    layout = Layout.of(params, Shapes(max_dimension=8))
+    layout = StackLayout.of(params, Shapes(max_dimension=8))
     assert [(bucket.shape, bucket.modes) for bucket in layout.buckets] == [((4, 3), (0, 1)), ((84,), ())]
     assert [[block.leaf for block in bucket.blocks] for bucket in layout.buckets] == [[0, 2], [1, 3, 4]]
 
 
 def test_dtypes_do_not_share_a_stack_and_half_precision_becomes_float32() -> None:
     params = [torch.ones(2, 2, dtype=dtype) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
-    stacks = list(Layout.of(params, Shapes()).stacks(params))
+    stacks = list(StackLayout.of(params, Shapes()).stacks(params))
     assert [(stack.dtype, len(stack)) for stack in stacks] == [(torch.float64, 1), (torch.float32, 2)]
 
 
 def test_a_large_leaf_is_cut_into_blocks_with_a_ragged_tail() -> None:
-    layout = Layout.of([torch.zeros(1024, 256), torch.zeros(1100, 256)], Shapes(block_size=512))
+    layout = StackLayout.of([torch.zeros(1024, 256), torch.zeros(1100, 256)], Shapes(block_size=512))
     assert [(bucket.shape, len(bucket.blocks)) for bucket in layout.buckets] == [((512, 256), 4), ((76, 256), 1)]
 
 
@@ -94,7 +94,7 @@ def test_entries_a_leaf_are_stacked_and_taken_apart_again(
     leaves: list[tuple[int, ...]], how: Shapes, apart: bool
 ) -> None:
     params = [torch.randn(shape, dtype=torch.float64) for shape in leaves]
-    layout = Layout.of(params, how)
+    layout = StackLayout.of(params, how)
     stacks = [(stack, (2 * stack, {"no more": ()})) for stack in layout.stacks(params)]
     columns = layout.scattered(stacks)
     assert all(len(column.entries) == len(params) for column in columns)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvlib.errors import ArgumentError, DtypeError, FormatError
 from curvlib.optim.arguments import at_least_zero
-from curvlib.optim.torch.leaf_states import Entries, Form, Rule, joined, rule, separated
+from curvlib.optim.torch.leaf_states import Entries, Form, StateForms, joined, rule, separated
 from curvlib.optim.torch.loading import restored, settled
 from curvlib.optim.torch.plain import comparable, plain
 from curvlib.optim.torch.sharded import own_part, part_like, whole
@@ -54,7 +54,7 @@ class Member:
 
     name: str
     parameter: Tensor
-    rule: Rule
+    rule: StateForms
     form: Form
     entries: Entries
 
@@ -133,7 +133,7 @@ class Adapter(torch.optim.Optimizer):
         """Whether the first gradient of a parameter only starts its state, and nothing is done to the parameter."""
         return group.get("start_step") == 0
 
-    def rule(self, group: Group, label: str) -> Rule:
+    def rule(self, group: Group, label: str) -> StateForms:
         """The transformation of a label, with the options of a group."""
         options = tuple((name, comparable(group[name])) for name in self.options)
         try:
@@ -254,7 +254,7 @@ class Adapter(torch.optim.Optimizer):
             form = treated_by.form(name, parameter)
             yield Member(name, parameter, treated_by, form, self.entries(name, parameter, treated_by, form))
 
-    def entries(self, name: str, parameter: Tensor, treated_by: Rule, form: Form) -> Entries:
+    def entries(self, name: str, parameter: Tensor, treated_by: StateForms, form: Form) -> Entries:
         """The state of a parameter, where the parameter is; a fresh one before its first gradient.
 
         Raises:

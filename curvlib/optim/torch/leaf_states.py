@@ -165,7 +165,7 @@ def separated(forms: Sequence[Form], state: State) -> list[Entries]:
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class StateForms:
     """A transformation, and the forms of the states that it has been asked for.
 
     Args:
@@ -188,7 +188,7 @@ class Rule:
 @lru_cache(maxsize=256)
 def rule(
     make: Callable[[str, dict[str, Any]], GradientTransformation], label: str, options: tuple[tuple[str, Any], ...]
-) -> Rule:
+) -> StateForms:
     """The rule of a label with these options; it is made once for equal ones.
 
     Example:
@@ -198,4 +198,4 @@ def rule(
         >>> rule(adam, "", (("eps", 1e-6),)) is rule(adam, "", (("eps", 1e-6),))
         True
     """
-    return Rule(make(label, dict(options)))
+    return StateForms(make(label, dict(options)))
