@@ -145,7 +145,7 @@ def test_every_error_is_a_curvlib_error_and_a_built_in_one() -> None:
     assert len(found) > 10
     for error in found:
         if error is not errors.CurvlibError:
-            assert issubclass(error, (ValueError, TypeError, RuntimeError))
+            assert issubclass(error, (ValueError, TypeError, RuntimeError, KeyError))
 
 
 def test_a_refused_batch_of_a_data_set_leaves_the_loader_at_that_batch() -> None:

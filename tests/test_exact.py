@@ -100,7 +100,7 @@ def test_empirical_fisher_is_the_second_moment_of_the_gradients(kind: str, reduc
 def test_mc_fisher_is_the_second_moment_of_its_draws(kind: str, reduction: str, seed: int, samples: int) -> None:
     case = mlp(kind, reduction, seed)
     loss = case.kind.loss(reduction)
-    options: dict[str, Any] = {"kind": "mc", "mc_samples": samples, "generator": generator(seed)}
+    options: dict[str, Any] = {"fisher": "mc", "mc_samples": samples, "generator": generator(seed)}
     curv = fisher(case.model_fn, case.params, case.batch, loss=loss, **options)
     outputs = case.model_fn(case.params, case.batch[0])
     vectors = loss.sample(outputs, case.batch[1], generator(seed), samples)
@@ -151,7 +151,7 @@ def test_stacked_products_are_the_products_one_by_one(make: Callable[..., Matrix
 
 def test_drawn_targets_are_those_of_an_operator_made_outside_where_one_is_made_in_a_transform() -> None:
     case = mlp()
-    options: dict[str, Any] = {"kind": "mc", "mc_samples": 2}
+    options: dict[str, Any] = {"fisher": "mc", "mc_samples": 2}
     outside = fisher(case.model_fn, case.params, case.batch, **options)
 
     def image(factor: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def loader(case: Any) -> cv.gradients.DataSet:
 def test_a_data_set_gives_what_one_batch_gives(kind: str, reduction: str, seed: int) -> None:
     case = mlp(kind, reduction, seed)
     loss = case.kind.loss(reduction)
-    for make, options in ((ggn, {}), (hessian, {}), (fisher, {"kind": "empirical"})):
+    for make, options in ((ggn, {}), (hessian, {}), (fisher, {"fisher": "empirical"})):
         whole = make(case.model_fn, case.params, case.batch, loss=loss, **options)
         parts = make(case.model_fn, case.params, loader(case), loss=loss, **options)
         assert_close(parts.to_dense(), whole.to_dense())

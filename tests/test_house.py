@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +99,8 @@ def test_no_two_classes_share_a_name() -> None:
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(module(path))
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_importing_the_library_does_not_import_the_compiler() -> None:
+    program = "import sys, curvlib; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -143,7 +143,7 @@ def test_a_vocabulary_of_50257_never_makes_a_square_matrix(fisher: str) -> None:
         curv.inverse(1e-3).diag()
         curv.damp(1e-3).logdet()
         curv.inverse(1e-3).sample(torch.Generator().manual_seed(0))
-    assert largest.numel <= 4 * vocabulary * width
+    assert largest.numel <= vocabulary * width**2  # a small matrix a token
     assert step["head"].shape == (vocabulary, width)
 
 
@@ -164,7 +164,7 @@ def test_a_tied_vocabulary_of_50257_never_makes_a_square_matrix() -> None:
         curv.damp(1e-3).logdet()
         curv.inverse(1e-3).sample(torch.Generator().manual_seed(0))
         curv.power(-0.5, cv.FactoredTikhonov(1e-3)).project(cv.sketch(params, rank=4))(params)
-    assert largest.numel <= 4 * vocabulary * width
+    assert largest.numel <= vocabulary * width**2  # a small matrix a token
 
 
 # 8. the bias handled differently in the factor and in the gradient

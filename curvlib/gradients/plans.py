@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 
 from curvlib import containers
+from curvlib.arguments import check_model
 from curvlib.capture import Plan
 from curvlib.capture import plan as make_plan
 from curvlib.capture.aliases import parameters
@@ -78,6 +79,7 @@ def planned(
     Raises:
         CaptureError: the batches do not use the parameters in the same way.
     """
+    check_model(model_fn, params)
     plans, first = Plans.of(plan), None
     for inputs, targets in batches(data):
         known = plans.fitting(model_fn, params, inputs)

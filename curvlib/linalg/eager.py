@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from curvlib import containers
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_eager() -> bool:
@@ -109,3 +111,12 @@ def uncompiled() -> Iterator[None]:
         stance = torch.compiler.set_stance("force_eager")
     with stance:
         yield
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """A function whose result a compiler takes for a constant, because it cannot trace the call.
+
+    `torch.compiler.assume_constant_result` does the same, and imports the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

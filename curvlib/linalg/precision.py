@@ -9,10 +9,10 @@ Source: Henry, Tang and Heinecke 2019, arXiv 1904.06376 (a float32 as the sum of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from curvlib.linalg.eager import constant_when_compiled
 
 UPPER_HALF = -65536  # the bits of a float32 that bfloat16 has
 ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # of the operands of float32 products
@@ -92,14 +92,11 @@ def product_eps(operand: Tensor) -> float:
         0.0078125
     """
     eps = torch.finfo(operand.dtype).eps
-    return ROUNDING.get(setting(operand.device.type), eps) if operand.dtype == torch.float32 else eps
+    return ROUNDING.get(current_setting(operand.device.type), eps) if operand.dtype == torch.float32 else eps
 
 
+@constant_when_compiled  # and compiled again when it changes
 def current_setting(device: str) -> str:
     """The global setting of float32 products on a type of device: "none", "ieee", "tf32" or "bf16"."""
     backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision
-
-
-# A compiler cannot trace the call. It compiles again when the setting changes.
-setting: Callable[[str], str] = torch.compiler.assume_constant_result(current_setting)

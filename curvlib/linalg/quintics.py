@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
-import torch
+from curvlib.linalg.eager import constant_when_compiled
 
 LIMIT = (1.875, -1.25, 0.375)  # of an interval that shrinks to 1: of third order there
 CUSHION = 0.025  # the least ratio of an interval's ends: the best polynomials of longer ones amplify rounding
@@ -91,10 +90,7 @@ def through(places: list[float], values: list[float]) -> Quintic:
     return values[0] - places[0] * (b + c * places[0]), b, c
 
 
-def look_up(lower: float, margin: float, count: int | None) -> tuple[Quintic, ...]:
+@constant_when_compiled
+def quintics(lower: float, margin: float, count: int | None) -> tuple[Quintic, ...]:
     """`composed` without its memory in sight, which a compiler would look through."""
     return composed(lower, margin, count)
-
-
-# A compiler takes the coefficients as they are, and does not trace how they are found.
-quintics: Callable[[float, float, int | None], tuple[Quintic, ...]] = torch.compiler.assume_constant_result(look_up)

@@ -30,8 +30,8 @@ def shifted_side(side: Matrix, added: Tensor) -> Matrix:
         added: c [*].
 
     Example:
-        >>> shifted_side(Diagonal(torch.tensor([1.0, 2.0])), torch.tensor(0.5))
-        Diagonal(values=tensor([1.5000, 2.5000]))
+        >>> shifted_side(Diagonal(torch.tensor([1.0, 2.0])), torch.tensor(0.5)).diag()
+        tensor([1.5000, 2.5000])
     """
     match side:
         case Dense():

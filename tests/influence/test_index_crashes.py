@@ -218,7 +218,7 @@ def test_a_newer_version_is_not_read(finished: Path) -> None:
 def test_another_projection_in_the_folder_is_noticed(finished: Path) -> None:
     cv.save(projection_of(CASE, seed=5), finished / "projection.safetensors")
     with pytest.raises(FormatError, match=r"projection.safetensors is not the projection"):
-        cv.influence.load(finished).scores(CASE.queries, CASE.model_fn, CASE.params)
+        cv.influence.load(finished).scores(CASE.model_fn, CASE.params, CASE.queries)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

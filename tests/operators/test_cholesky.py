@@ -16,7 +16,7 @@ from curvlib.operators import (
     Damping,
     Dense,
     Diagonal,
-    Eigen,
+    EigenMatrix,
     FactoredTikhonov,
     Kronecker,
     Matrix,
@@ -150,7 +150,7 @@ def test_what_rounding_makes_indefinite_is_inverted_in_the_eigenbasis_of_the_mat
     x = Random(generator(0)).normal(6, 2)
     matrix = x @ x.mT - 1e-16 * torch.eye(6, dtype=torch.float64)
     inverse = ShiftedDense(Dense(matrix), torch.tensor(1e-17, dtype=torch.float64))._power(-1, damped=True)
-    assert isinstance(inverse, Eigen)
+    assert isinstance(inverse, EigenMatrix)
     assert float(inverse.eigenvalues().amin()) > 0
 
 

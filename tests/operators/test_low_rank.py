@@ -34,6 +34,7 @@ from tests.operators.operator_cases import (
     Case,
     Draw,
     Random,
+    Terms,
     assert_close,
     assert_number,
     conjugated,
@@ -96,7 +97,8 @@ def cases(draw: Draw, kind: str) -> Case:
             dense = sum(values[i, j] * torch.kron(x, y) for i, x in enumerate(p) for j, y in enumerate(q))
             return tensor_case((EigenKronecker(*bases, values), dense, None))
     terms = [product(low, low_rank((3,), rank, random), 0) for rank in (1, 2)]
-    return tensor_case((Sum(tuple(term[0] for term in terms)), terms[0][1] + terms[1][1], None))
+    members = Terms(tuple((dense, sides) for _, dense, sides in terms))
+    return tensor_case((Sum(tuple(term[0] for term in terms)), terms[0][1] + terms[1][1], members))
 
 
 def projectors(matrix: LowRank, dense: Tensor) -> list[Tensor]:

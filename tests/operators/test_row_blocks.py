@@ -14,8 +14,8 @@ from curvlib.operators import (
     Damping,
     Dense,
     Diagonal,
-    Eigen,
     EigenKronecker,
+    EigenMatrix,
     FactoredTikhonov,
     Inverse,
     Kronecker,
@@ -54,7 +54,7 @@ def table(seed: int, uses: int, *, columns: bool, definite: bool = True, tokens:
         if use < uses - 1 or not definite:
             occurs = (torch.rand(tokens, generator=random.source) < 0.4) | (torch.arange(tokens) == use)
             counts = counts * occurs
-        kinds: list[Matrix] = [Diagonal(counts), Eigen(CanonicalBasis(tokens), counts)]
+        kinds: list[Matrix] = [Diagonal(counts), EigenMatrix(CanonicalBasis(tokens), counts)]
         outer, matrix = kinds[use % 2], random.definite(width)
         inner = Dense(matrix)
         product = Kronecker(inner, outer) if columns else Kronecker(outer, inner)

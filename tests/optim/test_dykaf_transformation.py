@@ -175,7 +175,7 @@ def test_a_rank_one_moment_stays_a_product_of_unit_vectors_when_the_basis_change
 
 def test_leaves_of_one_shape_have_rank_one_moments_of_their_own_when_the_basis_changes() -> None:
     grads = [{"a": random(i, 4, 3), "b": 5 * random(i + 9, 4, 3)} for i in range(6)]
-    dykaf = optim.scale_by_dykaf(second_moment="rank-1", start_from="identity", refresh=Every(1))
+    dykaf = optim.scale_by_dykaf(second_moment="rank-1", start="identity", refresh=Every(1))
     together, _ = states(dykaf, grads)
     for name in ("a", "b"):
         alone, _ = states(dykaf, [g[name] for g in grads])
