@@ -44,22 +44,6 @@ def flattened(stack: Tensor, start: int, stop: int) -> Tensor:
     return stack.flatten(start, stop - 1) if stop > start else stack.unsqueeze(start)
 
 
-def mode_rows(stack: Tensor, mode: int) -> Tensor:
-    """Each member as a matrix with one row for each index of the mode: [k, n, rest], a view where it can be one.
-
-    Example:
-        >>> import torch
-        >>> mode_rows(torch.arange(6.0).reshape(1, 2, 3), 1)
-        tensor([[[0., 3.],
-                 [1., 4.],
-                 [2., 5.]]])
-    """
-    axis = mode + 1
-    if axis == stack.ndim - 1:
-        return flattened(stack, 1, axis).mT
-    return flattened(stack.movedim(axis, 1), 2, stack.ndim)
-
-
 def outer(vectors: Sequence[Tensor], modes: Sequence[int], order: int) -> Tensor:
     """The product of vectors [k, n_i], each along its mode of a stack of tensors; other modes have width one.
 
@@ -102,9 +86,20 @@ def entrywise(numbers: Tensor, values: Tensor) -> Tensor:
     return numbers.reshape(*numbers.shape, *(1,) * (values.ndim - numbers.ndim))
 
 
-def unfolded(gradient: Tensor, axis: int, order: int) -> Tensor:
-    """D [*, n_1, ..., n_d] as a matrix [*, n_i, rest]."""
-    return gradient.movedim(axis - order, -order).flatten(1 - order)
+def unfolded(tensor: Tensor, axis: int, order: int) -> Tensor:
+    """D [*, n_1, ..., n_d] as a matrix with one row for each index of an axis: [*, n_i, rest], a view where it can be.
+
+    Example:
+        >>> import torch
+        >>> unfolded(torch.arange(6.0).reshape(2, 3), 1, 2)
+        tensor([[0., 3.],
+                [1., 4.],
+                [2., 5.]])
+    """
+    first = tensor.ndim - order
+    if axis == order - 1:
+        return flattened(tensor, first, tensor.ndim - 1).mT
+    return flattened(tensor.movedim(first + axis, first), first + 1, tensor.ndim)
 
 
 def folded(matrix: Tensor, axis: int, like: Tensor, order: int) -> Tensor:

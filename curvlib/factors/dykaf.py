@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
-from curvlib.factors.axes import entrywise, mode_rows
+from curvlib.factors.axes import entrywise, unfolded
 from curvlib.factors.rule import FactorRule, Factors, Modes, Observation, zeros
 from curvlib.linalg.gram import panels, writes_in_place
 from curvlib.linalg.middle_gram import middle_gram, summed_middle_gram
@@ -121,7 +121,7 @@ class DyKAFFactors(FactorRule):
             scale, units = hopm(factors.scale, factors.matrices, gradient, kept, weight, sweeps=self.sweeps)
             return Factors(units, None, factors.norms, scale)
         if len(modes) == 1:
-            rows = mode_rows(gradient, modes[0])
+            rows = unfolded(gradient, modes[0], gradient.ndim - 1)
             return averaged(Balance.of(kept * factors.scale, rows, weight), factors.matrices[0], factors.norms[0])
         gradient = gradient.movedim([mode + 1 for mode in modes], [-2, -1])
         if gradient.ndim > 3:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import ArgumentError
-from curvlib.factors.axes import entrywise, folded, mode_gram, mode_product, mode_rows, outer, unfolded
+from curvlib.factors.axes import entrywise, folded, mode_gram, mode_product, outer, unfolded
 from curvlib.factors.rule import FactorRule, Factors, Modes, Observation, averaged, zeros
 from curvlib.linalg.eager import may_look_at
 from curvlib.linalg.middle_gram import middle_gram
@@ -94,15 +94,15 @@ class KLFactors(FactorRule):
                 half = seen.gradient
                 for j in others[::-1] if bases else ():
                     half = mode_product(half, bases[j], modes[j])
-            rows = mode_rows(half, mode)
+            rows = unfolded(half, mode, half.ndim - 1)
             share = rows.new_full((), 1 / rows.shape[-1])
             weights = share.expand(rows.shape[0], rows.shape[-1])
             if others:
                 product = outer([inverses[j] for j in others], [modes[j] for j in others], half.ndim - 1)
                 spread = product.expand([1 if axis == mode + 1 else n for axis, n in enumerate(half.shape)])
-                weights = share * mode_rows(spread, mode).squeeze(1)
+                weights = share * unfolded(spread, mode, spread.ndim - 1).squeeze(1)
             matrices.append(averaged(factors.matrices[i], middle_gram(rows, weights), decay))
-            diagonal = (mode_rows(seen.squares, mode) @ weights.unsqueeze(-1)).squeeze(-1)
+            diagonal = (unfolded(seen.squares, mode, seen.squares.ndim - 1) @ weights.unsqueeze(-1)).squeeze(-1)
             eigenvalues.append(averaged(factors.eigenvalues[i], diagonal, decay))
         return Factors(tuple(matrices), tuple(eigenvalues))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvlib.factors.axes import mode_rows
+from curvlib.factors.axes import unfolded
 from curvlib.factors.rule import FactorRule, Factors, Modes, Observation, averaged, zeros
 from curvlib.linalg.middle_gram import middle_gram
 
@@ -44,7 +44,7 @@ class ShampooFactors(FactorRule):
     ) -> Factors:
         return Factors(
             tuple(
-                averaged(matrix, middle_gram(mode_rows(seen.gradient, mode)), decay)
+                averaged(matrix, middle_gram(unfolded(seen.gradient, mode, seen.gradient.ndim - 1)), decay)
                 for matrix, mode in zip(factors.matrices, modes, strict=True)
             )
         )

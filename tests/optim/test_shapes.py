@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import curvlib.optim as optim
 from curvlib.errors import ArgumentError, ShapeError
-from curvlib.factors.axes import along, mode_product, mode_rows, outer
+from curvlib.factors.axes import along, mode_product, outer, unfolded
 from curvlib.optim.shapes import Shapes, StackLayout
 from curvlib.pytree import flatten, tree_map
 
@@ -126,7 +126,7 @@ def test_products_along_a_mode_are_einsums(widths: list[int], data: st.DataObjec
     found = mode_product(stack, matrix, mode)
     einsum = f"k{letters},k{letters[mode]}z->k{letters.replace(letters[mode], 'z')}"
     torch.testing.assert_close(found, torch.einsum(einsum, stack, matrix))
-    rows = mode_rows(stack, mode)
+    rows = unfolded(stack, mode, stack.ndim - 1)
     rest = letters.replace(letters[mode], "")
     gram = torch.einsum(f"k{letters},kz{rest}->k{letters[mode]}z", stack, stack.movedim(mode + 1, 1))
     torch.testing.assert_close(rows @ rows.mT, gram)
