@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvlib.errors import ConvergenceError, EigendecompositionError, NonFiniteError
+from curvlib.linalg.cholesky import cholesky
 from curvlib.linalg.conjugate_gradient import conjugate_gradient
 from curvlib.linalg.eager import is_eager, may_look_at
 from curvlib.linalg.eigh import eigh, tolerance
@@ -251,3 +252,34 @@ def test_no_convergence_is_an_error_with_residual_and_steps() -> None:
         ConvergenceError, match=r"relative residual of .*e.* after 3 iterations, not 1\.0e-10; add damping"
     ):
         conjugate_gradient(lambda v: diagonal * v, b, max_iterations=3)
+
+
+# --- Cholesky decompositions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("front", [(), (2,)])
+@pytest.mark.parametrize("width", [3, 1024, 1025, 1100])
+def test_a_cholesky_factor_is_that_of_lapack(front: tuple[int, ...], width: int) -> None:
+    x = torch.randn(*front, width, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = x @ x.mT + torch.eye(width, dtype=torch.float64)
+    before = matrix.clone()
+    factor, failed = cholesky(matrix)
+    expected = torch.linalg.cholesky(matrix)
+    assert torch.equal(matrix, before)
+    assert failed.shape == front
+    assert not failed.any()
+    assert float((factor - expected).norm()) <= 1e-12 * float(expected.norm())
+    assert torch.equal(factor, factor.tril())
+
+
+@pytest.mark.parametrize("row", [0, 700, 1099])
+def test_a_matrix_that_is_not_definite_is_reported_wherever_it_fails(row: int) -> None:
+    matrix = torch.eye(1100, dtype=torch.float64).repeat(2, 1, 1)
+    matrix[1, row, row] = -1.0
+    assert (cholesky(matrix)[1] != 0).tolist() == [False, True]
+
+
+def test_a_wide_cholesky_factor_has_derivatives() -> None:
+    values = torch.linspace(1.0, 2.0, 1030, dtype=torch.float64).requires_grad_()
+    cholesky(values.diag())[0].diagonal().log().sum().backward()
+    torch.testing.assert_close(values.grad, 0.5 / values.detach())

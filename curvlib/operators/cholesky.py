@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvlib.linalg.cholesky import cholesky
 from curvlib.linalg.eager import is_eager
 from curvlib.linalg.eigh import eigh
 from curvlib.operators.base import Operator, powers, remembered
@@ -113,7 +114,7 @@ class ShiftedDense(Matrix):
             NonFiniteError: it has an entry that is not finite.
         """
         matrix = self.matrices()
-        factor, failed = torch.linalg.cholesky_ex(matrix.to(at_least_single(matrix.dtype)))
+        factor, failed = cholesky(matrix.to(at_least_single(matrix.dtype)))
         if is_eager() and not bool((failed == 0).all() & factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
             return self.eigen()._power(-1, damped=True)
         return CholeskyInverse(factor, torch.ones_like(self.shift))
