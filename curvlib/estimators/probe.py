@@ -48,7 +48,7 @@ class Probe:
     precision: torch.dtype
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler
 def probe(
     model_fn: ModelFn, domain: Domain, leaves: Leaves, inputs: Any, replay: ReplayedDraws, weigh: Weigh | None = None
 ) -> Probe:

@@ -163,7 +163,7 @@ def choose(case: Case, found: Probe | None, modes: tuple[Mode, ...]) -> tuple[Mo
     raise failure
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler
 def attempt(case: Case, found: Probe, how: How, count: ElementCount) -> float:
     """Multiplies, and compares with plain derivatives; in low precision once more in float64 if they differ.
 
