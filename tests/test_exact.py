@@ -316,8 +316,17 @@ def test_wrong_arguments_are_refused_when_the_operator_is_made() -> None:
         ggn(case.model_fn, case.params, case.batch) @ {"w": torch.zeros(3)}
 
 
-@modes
-@pytest.mark.parametrize("make", [ggn, hessian, gramian])
+REST_TO_COMPILE = [(ggn, "reverse"), (hessian, "forward"), (gramian, "forward"), (gramian, "reverse")]
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (ggn, "forward"),
+        (hessian, "reverse"),
+        *(pytest.param(make, mode, marks=pytest.mark.slow) for make, mode in REST_TO_COMPILE),
+    ],
+)
 def test_products_compile_into_one_graph(make: Callable[..., MatrixFree], mode: str) -> None:
     case = mlp()
     curv = make(case.model_fn, case.params, case.batch, mode=mode)

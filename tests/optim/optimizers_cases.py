@@ -109,6 +109,12 @@ every_optimizer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.n
 every_traceable_optimizer = pytest.mark.parametrize(
     "case", [case for case in CASES if case.traceable], ids=lambda case: case.name
 )
+compiled_by_default = ("adamw", "muon and adamw", "soap", "grafted shampoo")
+every_compiled_optimizer = pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=() if x.name in compiled_by_default else pytest.mark.slow) for x in CASES if x.traceable],
+    ids=lambda case: case.name,
+)
 
 
 # --- parameters -------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.optim.optimizers_cases import (
     assert_close,
     assert_same,
     copied,
+    every_compiled_optimizer,
     every_optimizer,
     every_traceable_optimizer,
     grads_of,
@@ -184,7 +185,7 @@ def test_a_traced_update_is_the_eager_one(case: Case) -> None:
     assert_close(traced(*leaves), transformation.update(grads, state, params))
 
 
-@every_traceable_optimizer
+@every_compiled_optimizer
 def test_a_compiled_update_is_the_eager_one(case: Case) -> None:
     transformation = case.make(optim.warmup_cosine(0.1, 1, 5))
     params, state = minimised(transformation, rosenbrock, random_leaves(case, 0), 2)
