@@ -47,7 +47,7 @@ def makers(reference: Path | None) -> dict[str, Maker]:
     found: dict[str, Maker] = {
         "AdamW (torch, foreach)": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
         "SOAP (curvlib)": lambda p: cv.optim.torch.SOAP(p, lr=1e-3),
-        "SOAP, permute (curvlib)": lambda p: cv.optim.torch.SOAP(p, lr=1e-3, transport="permute"),
+        "SOAP, hadamard (curvlib)": lambda p: cv.optim.torch.SOAP(p, lr=1e-3, transport="hadamard"),
         "DyKAF (curvlib)": lambda p: cv.optim.torch.DyKAF(p, lr=1e-3),
         "DyKAF, rank-1 moment (curvlib)": lambda p: cv.optim.torch.DyKAF(p, lr=1e-3, second_moment="rank-1"),
         "KL-Shampoo (curvlib)": lambda p: cv.optim.torch.KLShampoo(p, lr=1e-3),
