@@ -32,6 +32,9 @@ examples: $(STAMPS)/examples $(STAMPS)/plays
 	$(BIN)/python examples/influence.py
 	$(BIN)/python examples/influence_lm.py
 
+# A worker for each core, and one thread for each worker and all that it starts.
+test test-portable test-random: export OMP_NUM_THREADS = 1
+
 test: $(STAMPS)/dev $(STAMPS)/plays
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
