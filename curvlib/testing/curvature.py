@@ -12,7 +12,7 @@ from torch import Tensor
 from curvlib.errors import ArgumentError
 from curvlib.losses import CrossEntropy, Loss
 from curvlib.operators import Operator
-from curvlib.pytree import Domain, Tree, flatten, ravel, unravel
+from curvlib.pytree import Domain, Tree, flatten, ravel
 from curvlib.testing.report import Property, Report, assert_close, check_all, same
 
 Exact = Literal["matrix", "blocks", "diagonal", "trace"]
@@ -160,7 +160,7 @@ class EstimatorChecks:
         """[D, D]: whether two entries belong to one block."""
         size = len(self.dense)
         domain, labels = self.curvature.domain, torch.zeros(size)
-        numbers = domain.leaves(unravel(torch.arange(size, dtype=torch.float64), self.params))
+        numbers = domain.leaves(domain.stacked(torch.arange(size, dtype=torch.float64).unsqueeze(0), front=()))
         for label, (_, layout) in enumerate(getattr(self.curvature, "layouts", ())):
             labels[layout.gather(numbers).flatten().long()] = float(label)
         return labels.unsqueeze(0) == labels.unsqueeze(1)
@@ -172,12 +172,11 @@ def brute_force(
     """The matrix [D, D], by the model on one example at a time and reverse mode alone."""
     inputs, targets = batch
     examples = len(torch_pytree.tree_leaves(inputs)[0])
-    leaves = flatten(params)[0]
-    size = sum(leaf.numel() for leaf in leaves)
-    total = torch.zeros(size, size, dtype=leaves[0].dtype)
+    domain = Domain.of(params)
+    total = torch.zeros(domain.size, domain.size, dtype=flatten(params)[0][0].dtype)
     for n in range(examples):
         x, y = torch_pytree.tree_map(lambda z, n=n: z[n : n + 1] if isinstance(z, Tensor) and z.ndim else z, batch)
-        jacobian = rows(torch.func.jacrev(lambda p, x=x: model_fn(p, x).flatten())(params))
+        jacobian = domain.rows(torch.func.jacrev(lambda p, x=x: model_fn(p, x).flatten())(params))
         outputs = model_fn(params, x)
 
         def term(f: Tensor, outputs: Tensor = outputs, y: Any = y) -> Tensor:
@@ -190,8 +189,3 @@ def brute_force(
             gradient = torch.func.jacrev(term)(outputs.flatten()) @ jacobian
             total = total + torch.outer(gradient, gradient)
     return total / loss.normalizer(model_fn(params, inputs), targets)
-
-
-def rows(tree: Tree) -> Tensor:
-    """A Jacobian's leaves [K, *leaf.shape] as a matrix [K, D]."""
-    return torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in flatten(tree)[0]], 1)

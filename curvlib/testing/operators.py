@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvlib.errors import ArgumentError
 from curvlib.operators import Operator, RelativeTikhonov, Tikhonov
-from curvlib.pytree import Tree, flatten, inner, ravel, tree_map, unflatten, unravel
-from curvlib.testing.report import Example, Property, Report, assert_close, check_all, rows_of, same
+from curvlib.pytree import Tree, flatten, inner, ravel, tree_map, unflatten
+from curvlib.testing.report import Example, Property, Report, assert_close, check_all, same
 
 MAX_ROWS = 2048
 EXPONENTS = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
@@ -87,9 +87,8 @@ class Identities:
 
     def vector(self, row: Tensor) -> Tree:
         """A vector of the domain with these entries."""
-        domain = self.operator.domain
-        like = domain.tree([torch.empty(shape) for shape in domain.shapes])
-        return unravel(row.to(self.dense.device, self.operator.dtype), like)
+        row = row.to(self.dense.device, self.operator.dtype)
+        return self.operator.domain.stacked(row.unsqueeze(0), front=())
 
     def simpler(self, example: Example) -> Iterator[Example]:
         """The example with one of its vectors replaced by one that has fewer entries, all 1 or -1."""
@@ -187,7 +186,7 @@ class Identities:
         self.close(flat(self.operator.matvec(v)), self.image(v), self.size(v))
 
     def stacked(self, v: Tree, w: Tree) -> None:
-        images = rows_of(self.operator.matmat(stack(v, w)))
+        images = self.operator.domain.rows(self.operator.matmat(stack(v, w)))
         self.close(images, torch.stack([self.image(v), self.image(w)]), self.size(v) + self.size(w))
 
     def symmetric(self, v: Tree, w: Tree) -> None:
@@ -300,7 +299,7 @@ class Identities:
         # E ||S - M||^2 = (tr(M)^2 + ||M||^2) / n for n normal draws; six times its root is out of reach
         damped = self.dense + self.shift * self.identity
         generator = torch.Generator(self.dense.device).manual_seed(0)
-        draws = rows_of(self.operator.damp(self.shift).sample(generator, DRAWS)).to(torch.float64)
+        draws = self.operator.domain.rows(self.operator.damp(self.shift).sample(generator, DRAWS)).to(torch.float64)
         spread = math.sqrt(float(damped.trace() ** 2 + damped.norm() ** 2) / DRAWS)
         error = float((draws.mT @ draws / DRAWS - damped).norm())
         assert error <= 6 * spread, f"{DRAWS} draws have a covariance that is off by {error / spread:.1f} deviations"
@@ -329,7 +328,7 @@ class Identities:
         self.equal(pickle.loads(pickled), v)
 
     def vmap(self, v: Tree, w: Tree) -> None:
-        images = rows_of(torch.func.vmap(lambda x: self.operator @ x)(stack(v, w)))
+        images = self.operator.domain.rows(torch.func.vmap(lambda x: self.operator @ x)(stack(v, w)))
         self.close(images, torch.stack([self.image(v), self.image(w)]), self.size(v) + self.size(w))
 
     def traced(self, v: Tree) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlib.errors import CurvlibError
-from curvlib.pytree import Tree, flatten, ravel
+from curvlib.pytree import Tree, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +129,3 @@ def same(actual: Tree, expected: Tree) -> bool:
         torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
         for x, y in zip(left, right, strict=True)
     )
-
-
-def rows_of(tree: Tree) -> Tensor:
-    """A pytree of leaves [k, *leaf.shape] as rows [k, D] in the order of `ravel`."""
-    leaves = flatten(tree)[0]
-    return torch.stack([ravel([leaf[number] for leaf in leaves]) for number in range(len(leaves[0]))])

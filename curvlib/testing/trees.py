@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from curvlib.pytree import Domain, Tree, tree_map, unravel
+from curvlib.pytree import Domain, Tree, tree_map
 
 
 @st.composite
@@ -86,8 +86,7 @@ def vectors(domain: Domain, *, dtype: torch.dtype = torch.float64, device: Any =
         >>> find(vectors(domain), lambda v: v["w"].sum() > 0)
         {'w': tensor([1., 0.], dtype=torch.float64)}
     """
-    size = sum(math.prod(shape) for shape in domain.shapes)
-    like = domain.tree([torch.empty(shape) for shape in domain.shapes])
+    size = domain.size
 
     def sparse(entries: list[tuple[int, int]]) -> Tensor:
         vector = torch.zeros(size, dtype=dtype, device=device)
@@ -102,4 +101,4 @@ def vectors(domain: Domain, *, dtype: torch.dtype = torch.float64, device: Any =
     few = st.lists(entry, min_size=1, max_size=4, unique_by=lambda x: x[0]).map(sparse)
     number = min(size, 32)
     many = st.lists(st.integers(-3, 3), min_size=number, max_size=number).map(full)
-    return (few | many).map(lambda vector: unravel(vector, like))
+    return (few | many).map(lambda vector: domain.stacked(vector.unsqueeze(0), front=()))
