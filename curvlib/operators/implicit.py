@@ -6,19 +6,17 @@ products remain, and with them sums, damping and inverses by conjugate gradients
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from curvlib.operators.base import Operator, remembered
 from curvlib.operators.damping import Damping
 from curvlib.operators.interfaces import MatrixFreePart
 from curvlib.operators.inverse import CG, Inverse
-from curvlib.operators.lazy import Invertible, dense_by_products, dense_operator
+from curvlib.operators.lazy import KnownByProducts, dense_by_products, dense_operator
 from curvlib.operators.shifted import Shifted, shifted
-from curvlib.pytree import Tree
 
 
-class Implicit(Invertible, MatrixFreePart):
+class Implicit(KnownByProducts, MatrixFreePart):
     """An operator on pytrees that is known by its products.
 
     Subclasses implement `_apply`, `_scale`, `domain`, `model_dtype` and `_recast`.
@@ -31,24 +29,9 @@ class Implicit(Invertible, MatrixFreePart):
     def _inverse(self, shift: Tensor | None, *, damped: bool) -> Operator:
         return Inverse(self if shift is None else Shifted(self, shift), CG())
 
-    def _add(self, other: Operator) -> Operator | None:
-        return None
-
     def to_dense(self) -> Tensor:
         return dense_by_products(self)
 
     @remembered
     def dense(self) -> Operator:
         return dense_operator(self, "an operator")
-
-    def diag(self) -> Tree:
-        return self.dense().diag()
-
-    def trace(self) -> Tensor:
-        return self.dense().trace()
-
-    def frobenius_norm(self) -> Tensor:
-        return self.dense().frobenius_norm()
-
-    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
-        return self.dense()._sample(generator, n)

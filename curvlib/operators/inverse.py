@@ -14,7 +14,7 @@ from curvlib.linalg.conjugate_gradient import conjugate_gradient
 from curvlib.operators.base import Operator, check_operator, is_zero, remembered
 from curvlib.operators.damping import Damping
 from curvlib.operators.interfaces import Determinant
-from curvlib.operators.lazy import MAX_DENSE, Invertible, Lazy, dense_operator
+from curvlib.operators.lazy import MAX_DENSE, KnownByProducts, Lazy, dense_operator
 from curvlib.operators.shifted import Shifted, shifted
 from curvlib.operators.vectors import Params, at_least_single, vector_leaves, widest
 from curvlib.pytree import Domain, Tree, register, static, tree_map
@@ -73,7 +73,7 @@ class CG(Solver):
 
 
 @register
-class Inverse(Invertible, Determinant):
+class Inverse(KnownByProducts, Determinant):
     """The inverse of an operator, which is applied by solving systems.
 
     Args:
@@ -123,15 +123,6 @@ class Inverse(Invertible, Determinant):
     def to_dense(self) -> Tensor:
         return self.dense().to_dense()
 
-    def diag(self) -> Tree:
-        return self.dense().diag()
-
-    def trace(self) -> Tensor:
-        return self.dense().trace()
-
-    def frobenius_norm(self) -> Tensor:
-        return self.dense().frobenius_norm()
-
     def _logdet(self) -> Tensor:
         return -self.operator.logdet()
 
@@ -142,12 +133,6 @@ class Inverse(Invertible, Determinant):
         rough = self.solver.preconditioner
         solver = dataclasses.replace(self.solver, preconditioner=None if rough is None else rough._scale(factor))
         return Inverse(self.operator._scale(1 / factor), solver)
-
-    def _add(self, other: Operator) -> Operator | None:
-        return None
-
-    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
-        return self.dense()._sample(generator, n)
 
 
 def solve(

@@ -12,7 +12,7 @@ from curvlib.errors import ArgumentError
 from curvlib.operators.base import Operator
 from curvlib.operators.matrices import Dense
 from curvlib.operators.whole import whole
-from curvlib.pytree import flatten
+from curvlib.pytree import Tree, flatten
 
 MAX_DENSE = 2048  # the largest operator that is eigendecomposed by way of its dense matrix
 
@@ -54,6 +54,25 @@ class Invertible(Lazy):
         if exponent == 1:
             return self
         return self._inverse(None, damped=damped) if exponent == -1 else self.dense()._power(exponent, damped=damped)
+
+
+class KnownByProducts(Invertible):
+    """An invertible operator whose entries and samples are those of its dense matrix: nothing else gives them."""
+
+    def diag(self) -> Tree:
+        return self.dense().diag()
+
+    def trace(self) -> Tensor:
+        return self.dense().trace()
+
+    def frobenius_norm(self) -> Tensor:
+        return self.dense().frobenius_norm()
+
+    def _add(self, other: Operator) -> Operator | None:
+        return None
+
+    def _sample(self, generator: torch.Generator, n: int | None) -> Tree:
+        return self.dense()._sample(generator, n)
 
 
 def zero_like(operator: Operator) -> Tensor:
